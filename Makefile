@@ -56,7 +56,7 @@ clean:  ## remove what tests and docs leave behind; .venv and runs/ stay
 
 $(READY): settings.ini setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(MIN_PYTHON)".split("."))))' 2>/dev/null || \
-	  { echo "scott needs Python $(MIN_PYTHON) or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1 | tail -n 1): try 'make venv PYTHON=python3.12'" >&2; exit 1; }
+	  { echo "scott needs Python $(MIN_PYTHON) or newer, and $(PYTHON) is $$(command -v $(PYTHON) >/dev/null && $(PYTHON) --version 2>&1 || echo missing): try 'make venv PYTHON=python3.12'" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -e '.[dev]'

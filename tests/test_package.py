@@ -1,0 +1,107 @@
+"""What the package promises as a whole: metadata, commands, and the house rules for generated modules."""
+import ast
+import importlib
+import re
+import runpy
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted(p for p in (ROOT/'scott').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
+CHAPTERS = {p.stem.split('_', 1)[1]: int(p.stem[:2]) for p in (ROOT/'nbs').glob('[0-9][0-9]_*.ipynb')}
+FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+parser = ConfigParser(delimiters=['='])
+parser.read(ROOT/'settings.ini', encoding='utf-8')
+cfg = parser['DEFAULT']
+SCRIPTS = dict(line.split('=') for line in cfg['console_scripts'].split())
+
+modules = pytest.mark.parametrize('path', MODULES, ids=lambda p: p.stem)
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding='utf-8'))
+
+
+def test_version():
+    assert importlib.import_module('scott').__version__ == cfg['version']
+
+
+def test_setup_reads_settings(monkeypatch):
+    setuptools = pytest.importorskip('setuptools')
+    said = {}
+    monkeypatch.setattr(setuptools, 'setup', said.update)
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT/'setup.py'))
+    assert said['name'] == 'scott' and said['version'] == cfg['version'] and said['packages'] == ['scott']
+    assert said['python_requires'] == '>=' + cfg['min_python']
+    assert said['install_requires'] == cfg['requirements'].split()
+    assert said['extras_require'] == {'dev': cfg['dev_requirements'].split()}
+    assert said['entry_points']['console_scripts'] == [f'{k}={v}' for k, v in SCRIPTS.items()]
+    assert said['entry_points']['nbdev'] == ['scott=scott._modidx:d']
+    assert not [r for r in said['install_requires'] if re.match('nbdev|fastcore|pytest', r)], 'a development tool at run time'
+
+
+def test_scripts_listed():
+    assert {'scott_pretrain', 'scott_probe', 'scott_visualize'} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_script_target(script):
+    module, name = SCRIPTS[script].split(':')
+    assert callable(getattr(importlib.import_module(module), name))
+
+
+def test_every_module_has_its_page():
+    assert {p.stem for p in MODULES} <= set(CHAPTERS)
+
+
+@modules
+def test_size(path):
+    lines = path.read_text(encoding='utf-8').splitlines()
+    assert len(lines) <= 250, f'{len(lines)} lines'
+    assert not [f'line {i}: {len(line)} characters' for i, line in enumerate(lines, 1) if len(line) > 120
+                and not line.startswith('__all__')]  # nbdev breaks that one its own way
+    sizes = {d.name: d.end_lineno - d.lineno + 1 for d in ast.walk(tree(path)) if isinstance(d, FUNCTION)}
+    assert not {name: n for name, n in sizes.items() if n > 35}, 'functions of more than 35 lines'
+
+
+@modules
+def test_docstrings(path):
+    top = tree(path).body
+    inside = [m for c in top if isinstance(c, ast.ClassDef) for m in c.body]
+    public = [d for d in top + inside if isinstance(d, (*FUNCTION, ast.ClassDef)) and not d.name.startswith('_')]
+    assert not [d.name for d in public if not ast.get_docstring(d)], 'without a docstring'
+
+
+@modules
+def test_no_globals_no_wildcards(path):
+    nodes = list(ast.walk(tree(path)))
+    assert not [n.lineno for n in nodes if isinstance(n, ast.Global)], 'a global statement'
+    assert not [n.lineno for n in nodes if isinstance(n, ast.ImportFrom) and n.names[0].name == '*'], 'a wildcard import'
+
+
+def scott_imports(path):
+    """The names of the scott modules that the module at `path` imports."""
+    for n in ast.walk(tree(path)):
+        if isinstance(n, ast.ImportFrom) and (n.level or (n.module or '').split('.')[0] == 'scott'):
+            inner = (n.module or '') if n.level else n.module.partition('.')[2]
+            yield from [inner.split('.')[0]] if inner else [a.name for a in n.names if a.name != '__version__']
+        elif isinstance(n, ast.Import):
+            yield from (a.name.split('.')[1] for a in n.names if a.name.startswith('scott.'))
+
+
+@modules
+def test_imports_no_later_chapter(path):
+    for name in scott_imports(path):
+        assert CHAPTERS[name] // 10 <= CHAPTERS[path.stem] // 10, f'{path.stem} imports {name}, of a later chapter'
+
+
+def test_no_import_cycle():
+    needs = {path.stem: set(scott_imports(path)) for path in MODULES}
+    while ready := [name for name, n in needs.items() if not n & set(needs)]:
+        for name in ready:
+            del needs[name]
+    assert not needs, f'a cycle among {sorted(needs)}'
