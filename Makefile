@@ -38,7 +38,7 @@ test: $(READY)  ## all checks: export, clean, every page, the tests
 	@printf '\n== nbdev_test: every page runs\n'
 	@$(BIN)/nbdev_test --n_workers 2 --timing || { echo 'FAILED: nbdev_test (the pages are named above)'; exit 1; }
 	@printf '\n== pytest\n'
-	@$(BIN)/python -m pytest -q -rs tests || { echo 'FAILED: pytest'; exit 1; }
+	@$(BIN)/python -m pytest -q -rs --tb=short tests || { echo 'FAILED: pytest'; exit 1; }
 	@printf '\nAll checks passed.\n'
 
 docs:  ## the site, into _docs/ (needs Quarto)

@@ -26,6 +26,7 @@ def visible(cell):
 def readme(notebook=ROOT/'nbs/index.ipynb'):
     """README's text, and its images as `{path from the top: bytes}`."""
     nb = nbformat.read(notebook, as_version=4)
+    nb.metadata['language_info'] = {'name': 'python'}  # so that code blocks are colored
     nb.cells = [cell for cell in nb.cells if visible(cell)]
     for cell in nb.cells:
         if cell.cell_type == 'markdown':
