@@ -109,8 +109,8 @@ def background(
     "A blurred garden (3 b h w): a color ramp, smooth noise and four leaves."
     size, tau = x.shape[-1], 2 * math.pi
     hue, angle = draw(.12, .62), draw(0, tau)
-    one = draw.color(hue, (.15, .7), (.12, .85))
-    two = draw.color((hue + draw(-.12, .12)) % 1, (.15, .7), (.12, .85))
+    one = draw.color(hue, (.15, .7), (.1, .65))
+    two = draw.color((hue + draw(-.12, .12)) % 1, (.15, .7), (.1, .65))
     ramp = .5 + .5 * (x * np.cos(angle) + y * np.sin(angle)) + .5 * smooth(draw(-1, 1, 5), size)
     picture = over(one, two, ramp.clip(0, 1)) * (1 + .25 * smooth(draw(-1, 1, 11), size))
     for _ in range(4):
@@ -118,7 +118,7 @@ def background(
         length = draw(.35, .8)
         u, v = u / length, v / (length * draw(.3, .6))
         shade = .8 + .25 * (6 * v).clip(-1, 1) + .12 * (1 - np.abs(v) / .15).clip(0, 1)
-        color = draw.color((.2, .42), (.3, .8), (.15, .7)) * shade
+        color = draw.color((.2, .42), (.3, .8), (.15, .6)) * shade
         picture = over(picture, color, coverage(1 - u * u - np.abs(v)) * draw(.5, 1))
     return picture
 
@@ -131,16 +131,16 @@ def flower(
     form,     # b: index into `FORMS`
 ):
     "Paint one flower over each picture (3 b h w). Everything but `count` and `form` is drawn at random."
-    tau, scale = 2 * math.pi, draw(.58, .95)
-    away = 1.08 - .9 * scale                                     # a large flower stays near the middle
+    tau, scale = 2 * math.pi, draw(.65, .95)
+    away = 1 - .9 * scale                                        # a large flower stays near the middle
     u, v = turn(x, y, away * draw(-1, 1), away * draw(-1, 1), draw(0, tau))
-    u, v = u / scale, v / (scale * draw(.6, 1))                  # squeezed along one axis: seen at a slant
+    u, v = u / scale, v / (scale * draw(.7, 1))                  # squeezed along one axis: seen at a slant
     r = np.sqrt(u * u + v * v) + 1e-4
     turns = (np.arctan2(v, u) / tau + draw()) * count            # which petal (rounded), and where on it (rest)
     petal = np.round(turns)
     p = 2 * (turns - petal)                                      # -1 … 1 across one petal
     d = outline(p, form) - r                                     # > 0 inside the flower
-    hue, value, light = draw(), draw(.55, 1), draw(0, tau)
+    hue, value, light = draw(), draw(.65, 1), draw(0, tau)
     base = draw.color(hue, (0, .9), value)
     tip = draw.color((hue + draw(-.1, .1)) % 1, (.1, .9), (value + draw(-.2, .2)).clip(.4, 1))
     shade = 1 + draw(.05, .25) * np.cos(petal / count * tau - light) - draw(.05, .3) * p * p * r.clip(0, 1)
@@ -165,7 +165,7 @@ def photograph(
     picture = over(picture, near, draw(0, .8)) * draw(.75, 1.2)
     b = picture.shape[1]
     noise = rng.standard_normal((b, 3, *picture.shape[2:]), dtype=np.float32)
-    picture = picture.transpose(1, 0, 2, 3) + draw(0, .04)[:, None] * noise
+    picture = picture.transpose(1, 0, 2, 3) + draw(0, .03)[:, None] * noise
     return (picture * 255).round().clip(0, 255).astype(np.uint8)
 
 
