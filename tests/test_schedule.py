@@ -34,7 +34,8 @@ def test_tiny_schedules(name):
     o = recorded['optim']
     total = o['total_steps']
     for k, (lr, wd, ema) in enumerate(zip(recorded['lr'], recorded['wd'], recorded['ema']), start=1):
-        mine = warmup_flat_cosine(k, total, o['lr_warmup_steps'], o['lr_start'], o['lr_peak'], o['lr_final'], o['lr_flat_pctg'])
+        mine = warmup_flat_cosine(k, total, o['lr_warmup_steps'], o['lr_start'], o['lr_peak'], o['lr_final'],
+                                  flat=o['lr_flat_pctg'])
         assert mine == pytest.approx(lr, abs=1e-9, rel=0)
         assert linear(k, total, o['wd_start'], o['wd_final']) == pytest.approx(wd, abs=1e-9, rel=0)
         assert linear(k, total, o['ema_start'], o['ema_final']) == pytest.approx(ema, abs=1e-9, rel=0)
