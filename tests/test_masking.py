@@ -16,10 +16,19 @@ PARITY = os.environ.get('SCOTT_PARITY', '')
 STATISTICS = Path(PARITY) / 'mask_statistics.json'
 SAMPLERS = [uniform, blockwise, multiblock]
 BLOCKS = [blockwise, multiblock]
-GRIDS = [(3, 3), (4, 4), (5, 5), (6, 6), (7, 7), (14, 14), (16, 16), (24, 24), (3, 40), (40, 3), (7, 14), (13, 5), (4, 9)]
+GRIDS = [(3, 3), (4, 4), (5, 5), (6, 6), (7, 7), (14, 14), (16, 16), (24, 24), (3, 40), (40, 3), (7, 14), (13, 5)]
 RATIOS = [0.01, 0.1, 0.2, 0.25, 1 / 3, 0.4, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9, 0.95, 0.999]
 
 every = pytest.mark.parametrize('sampler', SAMPLERS, ids=lambda s: s.__name__)
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    """All tensors here are small: on a busy machine threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def seeded(seed=0, device='cpu'):
@@ -69,19 +78,9 @@ def test_visible_count_is_safe_from_rounding(n):
     assert all(visible_count((1, n), 1 - kept / n) == kept for kept in range(1, n))
 
 
-def blockwise_counts(total, chunk=5000):
+def test_blockwise_count_over_a_hundred_thousand_masks():
     g = seeded()
-    return torch.cat([blockwise(chunk, generator=g).sum(1) for _ in range(total // chunk)])
-
-
-def test_blockwise_count_twenty_thousand():
-    counts = blockwise_counts(20_000)
-    assert len(counts) == 20_000 and counts.unique().tolist() == [79]
-
-
-@pytest.mark.slow
-def test_blockwise_count_hundred_thousand():
-    counts = blockwise_counts(100_000)
+    counts = torch.cat([blockwise(5000, generator=g).sum(1) for _ in range(20)])
     assert len(counts) == 100_000 and counts.unique().tolist() == [79]
 
 
@@ -126,7 +125,7 @@ def test_uniform_prefers_no_patch():
 @pytest.mark.parametrize('grid', [(14, 14), (7, 14)], ids=str)
 def test_heat_maps(grid):
     """Kept blocks: center-heavy. Hidden blocks: border-heavy. Both symmetric within sampling error."""
-    n = 20_000
+    n = 8000
     for sampler, sign in ((blockwise, 1), (multiblock, -1)):
         p = sampler(n, grid, generator=seeded()).double().mean(0).view(grid)
         middle, border = p[grid[0] // 2, grid[1] // 2], p[0, 0]
@@ -176,8 +175,8 @@ def test_without_generator_the_default_one_is_used(sampler):
 
 @every
 def test_images_are_independent(sampler):
-    """The overlap of two images of one batch is what two independent masks have, sum of p_i^2 (p_i: P(patch i visible))."""
-    n = 20_000
+    """Two images of one batch overlap as two independent masks do: by sum of p_i^2, p_i = P(patch i visible)."""
+    n = 8000
     keep = sampler(n, generator=seeded()).double()
     p, half = keep.mean(0), n // 2
     overlap = (keep[:half] * keep[half:]).sum(1)
@@ -229,7 +228,8 @@ def test_grid_too_small_for_blocks(sampler, grid):
 
 
 @pytest.mark.parametrize('kwargs', [dict(aspect=(3, .3)), dict(aspect=(0, 1)), dict(aspect=(100, 200)),
-                                    dict(aspect=(.001, .002)), dict(min_area=0), dict(tries=0), dict(rounds=0)], ids=str)
+                                    dict(aspect=(.001, .002)), dict(min_area=0), dict(tries=0), dict(rounds=0)],
+                         ids=str)
 def test_blockwise_options(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))): blockwise(4, **kwargs)
 
