@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .tokenizer import PatchEmbed, SparseTokenizer
 
-# %% ../nbs/13_encoder.ipynb #cfa641bc
+# %% ../nbs/13_encoder.ipynb #0fc8b6d1
 class Attention(nn.Module):
     "Multi-head self-attention without biases (Vaswani et al., arXiv 1706.03762)."
     def __init__(self,
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         q, k, _ = self.split(x)
         return (q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])).softmax(-1)
 
-# %% ../nbs/13_encoder.ipynb #500c88c0
+# %% ../nbs/13_encoder.ipynb #9a23743a
 def sincos_positions(
     grid: tuple,  # (rows, columns) of patches
     dim: int,  # D, a multiple of 4
@@ -59,7 +59,7 @@ def sincos_positions(
     waves = [torch.outer(p.flatten(), omega) for p in (rows, cols)]  # 2 x (n, d/4)
     return torch.cat([f(w) for w in waves for f in (torch.sin, torch.cos)], 1).float()
 
-# %% ../nbs/13_encoder.ipynb #26641898
+# %% ../nbs/13_encoder.ipynb #1a57feea
 def feed_forward(
     kind: str,  # 'swiglu' or 'mlp'
     dim: int,  # D
@@ -73,7 +73,7 @@ def feed_forward(
     if kind == 'mlp': return Mlp(dim, int(mlp_ratio * dim), bias=False, drop=drop)
     raise ValueError(f"ffn={kind!r} is unknown: choose 'swiglu' or 'mlp'")
 
-# %% ../nbs/13_encoder.ipynb #18460244
+# %% ../nbs/13_encoder.ipynb #e0bffcba
 class Block(nn.Module):
     "The paper's block: pre-norm attention, then the *residual itself* is normalized, then the feed-forward network."
     def __init__(self,
@@ -95,7 +95,7 @@ class Block(nn.Module):
         x = self.norm(x)
         return x + self.drop_path(self.ffn(x))
 
-# %% ../nbs/13_encoder.ipynb #74b76738
+# %% ../nbs/13_encoder.ipynb #33f85c8c
 def init_blocks(
     blocks: nn.ModuleList,  # of `Block`
     blocks_before: int = 0,  # blocks that come before this stack
@@ -106,7 +106,7 @@ def init_blocks(
             if isinstance(module, nn.Linear): trunc_normal_(module.weight, std=.02)
         for last in (block.attn.proj, block.ffn.fc2): last.weight.data.div_(math.sqrt(2 * l))
 
-# %% ../nbs/13_encoder.ipynb #d237336b
+# %% ../nbs/13_encoder.ipynb #2906c47e
 class Transformer(nn.Module):
     "Positions, register tokens, dropout and a stack of blocks; encoder and predictor are both built on it."
     def __init__(self,
@@ -150,7 +150,7 @@ class Transformer(nn.Module):
         for block in self.blocks: x = block(x)
         return x[:, -n:]
 
-# %% ../nbs/13_encoder.ipynb #50295ac4
+# %% ../nbs/13_encoder.ipynb #30720967
 def patch_grid(
     size: int | tuple,  # side of a square image in pixels, or (height, width)
     patch_size: int,  # side of a patch in pixels
@@ -173,7 +173,7 @@ def make_tokenizer(
     if kind == 'sparse' and patch_size == SparseTokenizer.patch_size: return SparseTokenizer(in_chans, embed_dim)
     raise ValueError(f"tokenizer={kind!r} with patch_size={patch_size}: choose 'sparse' (16 only) or 'patch'")
 
-# %% ../nbs/13_encoder.ipynb #62f4d7db
+# %% ../nbs/13_encoder.ipynb #83ab7233
 class Pretrained(PyTorchModelHubMixin):
     "`save_pretrained`, `from_pretrained`, `push_to_hub`: arguments in config.json, weights in model.safetensors."
 
@@ -194,7 +194,7 @@ class Pretrained(PyTorchModelHubMixin):
         if wrong: raise ValueError(f'config.json is missing, or lacks these arguments or has too many: {sorted(wrong)}')
         return super()._from_pretrained(strict=True, **kwargs)
 
-# %% ../nbs/13_encoder.ipynb #03b8d5fb
+# %% ../nbs/13_encoder.ipynb #79c7c31c
 class Encoder(nn.Module, Pretrained, library_name='scott', tags=['self-supervised', 'vision']):
     "Tokenizer and transformer: an image (B, C, H, W) becomes one vector per patch (B, N, D)."
     def __init__(self,
@@ -238,7 +238,7 @@ class Encoder(nn.Module, Pretrained, library_name='scott', tags=['self-supervise
         for b in before: x = b(x)
         return last.attn.weights(last.norm(x))
 
-# %% ../nbs/13_encoder.ipynb #62c6d59a
+# %% ../nbs/13_encoder.ipynb #267da5d0
 def scott_7_16(**kwargs) -> Encoder:  # kwargs: any argument of `Encoder`
     "SCOTT-7/16: 7 blocks, 13,600,320 parameters, the paper's model for Flowers-102."
     return Encoder(**{'depth': 7, **kwargs})
