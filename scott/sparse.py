@@ -27,7 +27,7 @@ def apply_mask(
 
 # %% ../nbs/11_sparse.ipynb #91fda89b
 class SparseConv2d(nn.Conv2d):
-    "A convolution whose input is already masked and whose output is masked again: nothing bleeds into hidden positions."
+    "A convolution whose input is already masked and whose output is masked again: hidden positions stay empty."
 
     def forward(
         self,
@@ -38,7 +38,7 @@ class SparseConv2d(nn.Conv2d):
 
 # %% ../nbs/11_sparse.ipynb #34dc102e
 class MaxBlurPool2d(nn.Module):
-    "Halve a feature map without aliasing: 2x2 maximum at stride 1, binomial 3x3 blur at stride 2 (Zhang, arXiv 1904.11486)."
+    "Halve a feature map with little aliasing: 2x2 maximum, then 3x3 blur at stride 2 (Zhang, arXiv 1904.11486)."
 
     def __init__(
         self,

@@ -28,8 +28,8 @@ def patch_mask(
     if keep is None: return None
     rows, columns = h // patch_size, w // patch_size
     if keep.dtype != torch.bool or keep.shape != (b, rows * columns):
-        raise ValueError(f'keep must be bool of shape {(b, rows * columns)} for {b} images of {rows}x{columns} patches, '
-                         f'got {keep.dtype} of shape {tuple(keep.shape)}')
+        raise ValueError(f'keep must be bool of shape {(b, rows * columns)} for {b} images of {rows}x{columns} '
+                         f'patches, got {keep.dtype} of shape {tuple(keep.shape)}')
     return keep.view(b, 1, rows, columns)
 
 # %% ../nbs/12_tokenizer.ipynb #b9afc2c5
@@ -58,7 +58,7 @@ class PatchEmbed(nn.Module):
 
 # %% ../nbs/12_tokenizer.ipynb #2fbd5984
 class SparseTokenizer(nn.Module):
-    "SCOTT's tokenizer (arXiv 2502.18056): two masked stages of 7x7 convolution, ReLU and max-blur-pool, total stride 16."
+    "SCOTT's tokenizer (arXiv 2502.18056): two masked stages of 7x7 convolution, ReLU and max-blur-pool; stride 16."
 
     patch_size = 16
 
