@@ -53,7 +53,7 @@ def official_names(
 # %% ../nbs/90_interop.ipynb #5a75917b
 def check_positions(
     module: nn.Module,  # an `Encoder` or a `Predictor`
-    positions: torch.Tensor,  # (R + N, D) the official `transformer.pos_embed`: R zero rows for registers, then N patches
+    positions: torch.Tensor,  # (R + N, D) the official `transformer.pos_embed`; R zero rows of the registers first
 ):
     "Raises ValueError unless the official positions are the ones our module computes."
     ours = module.transformer.pos_embed
@@ -71,13 +71,14 @@ def load_official(
     module: nn.Module,  # an `Encoder`, a `Predictor` or one of the three probe heads; changed in place
     state_dict: dict,  # the released code's names -> tensors
 ) -> nn.Module:  # the same module
-    "Load official weights, all or nothing. KeyError: a name is missing or left over; ValueError: a shape or position differs."
+    "Load official weights, all or nothing. KeyError: names missing or left over; ValueError: a shape or position."
     names = official_names(module, state_dict)
     if isinstance(module, Predictor): names.pop('transformer.msk_embed', None)  # never used by the released code
     need = module.state_dict()
     known = need.keys() | ({'transformer.pos_embed'} if isinstance(module, (Encoder, Predictor)) else set())
     missing = sorted(known - set(names.values()))
-    left = sorted(name for name, ours in names.items() if ours not in known)
+    translated = list(names.values())
+    left = sorted(name for name, ours in names.items() if ours not in known or translated.count(ours) > 1)
     if missing or left:
         raise KeyError(f'official state dict does not fit {type(module).__name__}: missing {missing}, left over {left}')
     state = {ours: state_dict[name] for name, ours in names.items()}
