@@ -101,11 +101,7 @@ def epoch_order(
 class Trainer:
     "A run: model, optimizer, generators, the step reached, and the folder it is written to."
 
-    def __init__(
-        self,
-        cfg: Config,
-        data: ImageSet,
-    ):
+    def __init__(self, cfg: Config, data: ImageSet):
         self.cfg, self.data, self.run, self.step = cfg, data, Path(cfg.out), 0
         self.device, self.dtype = pick_device(cfg.device, cfg.amp)
         self.per_epoch = len(data.images) // cfg.batch_size

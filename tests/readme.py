@@ -32,6 +32,8 @@ def readme(notebook=ROOT/'nbs/index.ipynb'):
         if cell.cell_type == 'markdown':
             cell.source = from_top(cell.source)
         else:
+            if 'echo: false' in DIRECTIVE.findall(cell.source):
+                cell.metadata['transient'] = {'remove_source': True}
             cell.source = re.sub(r'\A(#\|.*\n)+', '', cell.source)
     text, resources = MarkdownExporter().from_notebook_node(nb, {'output_files_dir': IMAGES, 'unique_key': 'index'})
     text = re.sub(r'[ \t]+$', '', text, flags=re.M)

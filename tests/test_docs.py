@@ -22,7 +22,7 @@ cfg = parser['DEFAULT']
 INSTALL = f"#| hide\n#| eval: false\n![ -e /content ] && pip install -q git+{cfg['git_url']}.git"
 BADGE = ('[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]'
          f"(https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/%s)")
-DIRECTIVES = re.compile(r'default_exp [a-z]\w*|export|exporti|hide|eval: false|slow|cuda')
+DIRECTIVES = re.compile(r'default_exp [a-z]\w*|export|exporti|hide|echo: false|eval: false|slow|cuda')
 MACHINE_PATH = re.compile(r'(?<![\w.~/-])/(?:work|root|tmp|home|Users|mnt|private)/\S*')
 PACKAGE_INDEX = re.compile(r'index-url|file:/{3}|/simple\b|find-links|artifactory|devpi', re.I)
 LINK = re.compile(r'\]\(<?([^)\s>]+)>?(?: "[^"]*")?\)|(?:src|href)="([^"]+)"')
