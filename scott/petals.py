@@ -14,7 +14,7 @@ import os
 import numpy as np
 import torch
 
-# %% ../nbs/24_petals.ipynb #ac184068
+# %% ../nbs/24_petals.ipynb #4ae97cf9
 COUNTS = (3, 4, 5, 6, 7, 8)                          # petals of a flower
 FORMS = ('round', 'pointed', 'notched', 'narrow')    # form of one petal
 CHUNK = 16                                           # images drawn together; part of the definition of the data
@@ -26,7 +26,7 @@ def petal_names(
     "Class names: class c has `COUNTS[c // 4]` petals of the form `FORMS[c % 4]`."
     return [f'{COUNTS[c // 4]} {FORMS[c % 4]}' for c in range(classes)]
 
-# %% ../nbs/24_petals.ipynb #07795793
+# %% ../nbs/24_petals.ipynb #560b5aa9
 def outline(
     p,     # b h w: place across one petal, 0 on its axis, ±1 halfway to the next petal
     form,  # b: index into `FORMS`
@@ -41,7 +41,7 @@ def outline(
         out[form == k] = edge(q[form == k])
     return .3 + .7 * out
 
-# %% ../nbs/24_petals.ipynb #659c86c8
+# %% ../nbs/24_petals.ipynb #08c8398d
 def coverage(
     d,  # b h w: positive inside a shape, negative outside, 0 on its edge
 ):
@@ -58,7 +58,7 @@ def over(
     "Paint `color` over `picture`."
     return picture + alpha * (color - picture)
 
-# %% ../nbs/24_petals.ipynb #36c2c032
+# %% ../nbs/24_petals.ipynb #841d2579
 class Draws:
     "Hands out the columns of a table of uniform numbers, in order: every image reads its own row."
     def __init__(self, table): self.table, self.used = table, 0
@@ -66,11 +66,11 @@ class Draws:
     def __call__(self,
                  low=0.,   # smallest value
                  high=1.,  # largest value
-                 grid=None # None: one number an image (b 1 1); k: a grid of k × k numbers (b k k)
+                 grid=1,   # k: a grid of k × k numbers for each image
                  ):
-        k = grid or 1
-        part = self.table[:, self.used:self.used + k * k].reshape(-1, k, k)
-        self.used += k * k
+        "Numbers between low and high (b k k)."
+        part = self.table[:, self.used:self.used + grid * grid].reshape(-1, grid, grid)
+        self.used += grid * grid
         return low + (high - low) * part
 
     def color(self, hue, saturation, value):
@@ -79,7 +79,7 @@ class Draws:
         k = (np.array([5, 3, 1], dtype=np.float32).reshape(3, 1, 1, 1) + 6 * h) % 6
         return v * (1 - s * np.minimum(k, 4 - k).clip(0, 1))
 
-# %% ../nbs/24_petals.ipynb #752b2e36
+# %% ../nbs/24_petals.ipynb #bcf82a09
 def turn(
     x, y,    # 1 h w each: pixel positions, -1 … 1 across the picture
     cx, cy,  # b 1 1: new origin
@@ -94,14 +94,14 @@ def smooth(
     grid,  # b k k: random numbers
     size,  # side of the picture
 ):
-    "A smooth surface through a coarse grid (b size size): cubic-like interpolation by a Gaussian kernel."
+    "A smooth surface through a coarse grid (b size size): interpolation by a Gaussian kernel."
     k = grid.shape[-1]
     at = (np.arange(size, dtype=np.float32) + .5) / size * (k - 1)
     w = np.exp(-((at[:, None] - np.arange(k, dtype=np.float32)) / .75) ** 2)
     w /= w.sum(1, keepdims=True)
     return w @ grid @ w.T
 
-
+# %% ../nbs/24_petals.ipynb #4e0d0768
 def background(
     draw,  # `Draws`
     x, y,  # 1 h w each: pixel positions
@@ -122,7 +122,7 @@ def background(
         picture = over(picture, color, coverage(1 - u * u - np.abs(v)) * draw(.5, 1))
     return picture
 
-# %% ../nbs/24_petals.ipynb #4ae97cf9
+# %% ../nbs/24_petals.ipynb #9430cee0
 def flower(
     draw,     # `Draws`
     picture,  # 3 b h w: what the flower is painted on
@@ -152,7 +152,7 @@ def flower(
     lit = 1 - .5 * (r / disk) ** 2 + draw(0, .35) * dots + .2 * (u * np.cos(light) + v * np.sin(light)) / disk
     return over(picture, draw.color((.03, .2), (.3, .95), (.2, 1)) * lit, coverage(disk - r))
 
-# %% ../nbs/24_petals.ipynb #fd76e83c
+# %% ../nbs/24_petals.ipynb #cbfaebe2
 def photograph(
     draw,     # `Draws`
     picture,  # 3 b h w
@@ -168,7 +168,7 @@ def photograph(
     picture = picture.transpose(1, 0, 2, 3) + draw(0, .03)[:, None] * noise
     return (picture * 255).round().clip(0, 255).astype(np.uint8)
 
-
+# %% ../nbs/24_petals.ipynb #0a98b561
 def petals(
     n=4000,      # number of images; image i is the same whatever n is
     size=64,     # side of the square pictures, pixels
@@ -181,15 +181,15 @@ def petals(
         raise ValueError(f'n={n}, size={size}, classes={classes}: need n ≥ 1, size ≥ 8 and 2 … {most} classes')
     rounds = -(-n // classes)                                   # each round holds every class once, shuffled
     table = np.random.default_rng(seed).random((rounds * classes, 256), dtype=np.float32)
-    labels = table[:, 0].reshape(rounds, classes).argsort(1).reshape(-1)[:n]
+    labels = table[:, 0].reshape(rounds, classes).argsort(1).reshape(-1)[:n].astype(np.int64)
     axis = (np.arange(size, dtype=np.float32) + .5) * 2 / size - 1
-    x, y = axis[None, None, :], axis[None, :, None]
+    x, y = np.broadcast_to(axis, (1, size, size)), np.broadcast_to(axis[:, None], (1, size, size))
     images = np.empty((n, 3, size, size), dtype=np.uint8)
 
     def paint(start):
         part = slice(start, min(start + CHUNK, n))
-        draw, count = Draws(table[part, 1:]), np.array(COUNTS)[labels[part] // 4].astype(np.float32)
-        picture = flower(draw, background(draw, x + 0 * y, y + 0 * x), x, y, count.reshape(-1, 1, 1), labels[part] % 4)
+        draw, count = Draws(table[part, 1:]), np.array(COUNTS, dtype=np.float32)[labels[part] // 4]
+        picture = flower(draw, background(draw, x, y), x, y, count.reshape(-1, 1, 1), labels[part] % 4)
         images[part] = photograph(draw, picture, np.random.default_rng([seed, 1, start]))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:            # NumPy lets other threads run while it computes
