@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SimpleAttentive', 'MultiHeadAttentive', 'CrossAttentive', 'head_logits', 'train_head']
 
-# %% ../nbs/30_heads.ipynb #f51d3391
+# %% ../nbs/30_heads.ipynb #d0aa2469
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .encoder import feed_forward
 from .schedule import linear, warmup_flat_cosine
 
-# %% ../nbs/30_heads.ipynb #d0aa2469
+# %% ../nbs/30_heads.ipynb #4c13a6af
 class SimpleAttentive(nn.Module):
     "The simple attentive probe: one score per token, a softmax over the tokens, their weighted mean, a linear layer."
 
@@ -40,7 +40,7 @@ class SimpleAttentive(nn.Module):
     ) -> Tensor:  # (B, C) logits
         return self.classify((self.weights(x) @ x).squeeze(1))  # b 1 n @ b n d -> b d
 
-# %% ../nbs/30_heads.ipynb #4194cd15
+# %% ../nbs/30_heads.ipynb #68922e19
 class MultiHeadAttentive(nn.Module):
     "The multi-head probe: every head pools its own slice of the projected tokens; an MLP reads the slices together."
 
@@ -72,7 +72,7 @@ class MultiHeadAttentive(nn.Module):
         slices = self.project(x).unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)  # b n d -> b h n d/h
         return self.mlp((weights[:, :, None] @ slices).flatten(1))  # b h 1 n @ b h n d/h -> b d
 
-# %% ../nbs/30_heads.ipynb #afd449ab
+# %% ../nbs/30_heads.ipynb #10a717a9
 class CrossAttentive(nn.Module):
     "The cross-attention probe: a learned query asks the tokens; a SwiGLU and a linear layer read the answer."
 
@@ -116,7 +116,7 @@ class CrossAttentive(nn.Module):
         y = self.norm_answer(self.query[0] + self.proj(answer))  # b d
         return self.classify(self.norm_out(y + self.ffn(y)))
 
-# %% ../nbs/30_heads.ipynb #b5a6f0f8
+# %% ../nbs/30_heads.ipynb #5fd7a12f
 def head_logits(
     head: nn.Module,  # one of the three attentive heads
     tokens: Tensor,  # (N, n, D)
@@ -125,6 +125,7 @@ def head_logits(
     head.eval()
     with torch.inference_mode(): return torch.cat([head(t.float()).float().cpu() for t in tokens.split(256)])
 
+# %% ../nbs/30_heads.ipynb #0ee3c0f8
 def train_head(
     head: nn.Module,  # one of the three attentive heads; trained in place
     tokens: Tensor,  # (N, n, D) frozen, layer-normalized
