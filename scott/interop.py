@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['official_names', 'check_positions', 'load_official']
 
-# %% ../nbs/90_interop.ipynb #5d41e8ec
+# %% ../nbs/90_interop.ipynb #13db01e3
 import torch
 from torch import nn
 
@@ -13,7 +13,7 @@ from .encoder import Encoder
 from .predictor import Predictor
 from .probes import CrossAttentive, MultiHeadAttentive, SimpleAttentive
 
-# %% ../nbs/90_interop.ipynb #13db01e3
+# %% ../nbs/90_interop.ipynb #eb01a07d
 _BLOCKS = (
     ('transformer.reg_embed', 'transformer.registers'),
     ('self_attn.', 'attn.'),
@@ -35,7 +35,7 @@ _TABLES = {
                      ('norm.', 'norm_out.'), ('linear.', 'classify.')),
 }
 
-# %% ../nbs/90_interop.ipynb #3e9c21bd
+# %% ../nbs/90_interop.ipynb #95c374e5
 def official_names(
     module: nn.Module,  # an `Encoder`, a `Predictor` or one of the three probe heads
     names,  # parameter names of the released code
@@ -50,7 +50,7 @@ def official_names(
         return name
     return {name: translate(name) for name in names}
 
-# %% ../nbs/90_interop.ipynb #5a75917b
+# %% ../nbs/90_interop.ipynb #d9e80e0e
 def check_positions(
     module: nn.Module,  # an `Encoder` or a `Predictor`
     positions: torch.Tensor,  # (R + N, D) the official `transformer.pos_embed`; R zero rows of the registers first
@@ -66,7 +66,7 @@ def check_positions(
     if not gap <= 1e-5:
         raise ValueError(f'transformer.pos_embed differs from the sine-cosine positions computed here by {gap:.3g}')
 
-# %% ../nbs/90_interop.ipynb #051f758b
+# %% ../nbs/90_interop.ipynb #d0444e82
 def load_official(
     module: nn.Module,  # an `Encoder`, a `Predictor` or one of the three probe heads; changed in place
     state_dict: dict,  # the released code's names -> tensors

@@ -7,11 +7,11 @@ __all__ = ['GRIDS', 'HEADS', 'NOTES', 'scores', 'fold', 'knn', 'logistic', 'Feat
            'load_encoders', 'load_labeled', 'probe', 'table', 'main']
 
 # %% ../nbs/30_probes.ipynb #22083bb0
-import contextlib
 import json
 import shlex
 import sys
 import time
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -109,6 +109,7 @@ def encode(
         x = F.layer_norm(x.float(), x.shape[-1:])  # b n d
         means.append(x.mean(1).cpu())
         if keep_tokens: tokens.append(x.half())
+    if not all(m.isfinite().all() for m in means): raise InputError('the encoder returns NaN: its weights are spoiled')
     return Features(torch.cat(means), torch.cat(tokens) if keep_tokens else None, data.labels)
 
 # %% ../nbs/30_probes.ipynb #d4da30be
@@ -125,8 +126,7 @@ def fit_probe(
     "Choose on the held-out fold of the training split, then fit on all of it with that choice."
     inner, held = fold(train.labels, seed)
     if name in GRIDS:
-        what, grid, fit = GRIDS[name]
-        x, y = train.means, train.labels
+        (what, grid, fit), x, y = GRIDS[name], train.means, train.labels
         found = [scores(fit(x[inner], y[inner], value, classes)(x[held]), y[held])['top1'] for value in grid]
         value = grid[found.index(max(found))]
         model = fit(x, y, value, classes)
@@ -166,7 +166,7 @@ def load_encoders(
             if not (folder / file).is_file():
                 raise InputError(f'{folder} has no {file}: the run has not saved its weights; wait, or resume it')
         try:
-            with contextlib.redirect_stdout(None): found[name] = Encoder.from_pretrained(folder)  # it prints a line
+            with redirect_stdout(None): found[name] = Encoder.from_pretrained(folder)  # it prints a line
         except Exception as e: raise InputError(f'{folder} is damaged ({type(e).__name__}): resume the run') from e
     torch.manual_seed(seed)
     return {'random initialization': Encoder(**json.loads((run / 'target' / 'config.json').read_text())), **found}
@@ -180,12 +180,11 @@ def load_labeled(
 ) -> list:  # training and test split, two `ImageSet`
     "Both official splits in the evaluation view; labels that no probe can learn from are refused."
     sets = [load(name, split, size, 'center', root=root, on_bad_image=on_bad_image) for split in ('train', 'test')]
-    names, labels = sets[0].classes, sets[0].labels
-    if any((d.labels < 0).any() for d in sets): raise InputError(f'{name}: it has no labels: one sub-folder a class')
-    if len(names) < 2 or not len(sets[1]): raise InputError(f'{name}: fewer than two classes, or no test images')
-    for i, c in enumerate(names):
-        if (labels == i).sum() < 2: raise InputError(f'{name}: class {c!r} has {(labels == i).sum()} training images, '
-                                                     f'and a fold needs two or more')
+    if any((d.labels < 0).any() for d in sets): raise InputError(f'{name}: no labels: give a sub-folder per class')
+    if len(sets[0].classes) < 2 or not len(sets[1]): raise InputError(f'{name}: fewer than two classes, or no test images')
+    for i, c in enumerate(sets[0].classes):
+        if (n := (sets[0].labels == i).sum()) < 2:
+            raise InputError(f'{name}: training images of class {c!r}: {n}; two or more are needed')
     return sets
 
 # %% ../nbs/30_probes.ipynb #057a93e6
@@ -207,8 +206,8 @@ def probe(
     data = load_labeled(cfg.data or trained.data, trained.img_size, cfg.data_root or trained.data_root,
                         trained.on_bad_image)
     heads = any(name in HEADS for name in names)
-    need = sum(map(len, data)) * encoders['target'].transformer.pos_embed.numel() * 2 / 1e9  # float16
-    if heads * need > cfg.cache_gb: raise InputError(f'the tokens take {need:.2g} GB: raise --cache-gb or drop heads')
+    need = heads * sum(map(len, data)) * encoders['target'].transformer.pos_embed.numel() * 2 / 1e9  # float16
+    if need > cfg.cache_gb: raise InputError(f'the tokens take {need:.2g} GB: raise --cache-gb or drop heads')
     last, rows = (read_metrics(run) or [dict(step=0, epoch=0)])[-1], []
     for which, encoder in tqdm(encoders.items(), disable=None, unit='encoder', leave=False):
         train, test = (encode(encoder, part, device, dtype, heads) for part in data)

@@ -105,11 +105,18 @@ def test_bad_run_folders(run, tmp_path, capsys):
     assert 'model.safetensors' in fails(capsys, run)
 
 
+def test_spoiled_weights_are_named(run, capsys):
+    encoder = Encoder.from_pretrained(run / 'context')
+    torch.nn.init.constant_(encoder.transformer.blocks[0].attn.qkv.weight, float('nan'))
+    encoder.save_pretrained(run / 'context')
+    assert 'NaN' in fails(capsys, run, '--probes', 'knn').replace('Loading weights from local directory', '')
+
+
 def test_labels_that_no_probe_can_use(run, data, tmp_path, capsys):
     assert 'no labels' in fails(capsys, run, '--data', f'folder:{data / "a"}')
     one = write_images(tmp_path / 'one', 20)
     write_images(one, 1, ('rare',))
-    assert "class 'rare' has 1 training images" in fails(capsys, run, '--data', f'folder:{one}')
+    assert "class 'rare': 1;" in fails(capsys, run, '--data', f'folder:{one}')
     assert 'two classes' in fails(capsys, run, '--data', f'folder:{write_images(tmp_path / "same", 10, ("a",))}')
 
 
@@ -120,7 +127,7 @@ def test_a_class_that_is_only_in_the_test_split(run, data, capsys, monkeypatch):
         if split == 'train': part.images, part.labels = (x[part.labels != 2] for x in (part.images, part.labels))
         return part
     monkeypatch.setattr(probes, 'load', without_c)
-    assert "class 'c' has 0 training images" in fails(capsys, run)
+    assert "class 'c': 0;" in fails(capsys, run)
 
 
 def test_nan_features_are_not_scored():
