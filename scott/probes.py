@@ -181,7 +181,7 @@ def load_labeled(
     "Both official splits in the evaluation view; labels that no probe can learn from are refused."
     sets = [load(name, split, size, 'center', root=root, on_bad_image=on_bad_image) for split in ('train', 'test')]
     if any((d.labels < 0).any() for d in sets): raise InputError(f'{name}: no labels: use a sub-folder per class')
-    if len(sets[0].classes) < 2 or not len(sets[1]): raise InputError(f'{name}: fewer than two classes, or no test images')
+    if len(sets[0].classes) < 2 or not len(sets[1]): raise InputError(f'{name}: less than two classes or no test image')
     for i, c in enumerate(sets[0].classes):
         if (n := (sets[0].labels == i).sum()) < 2:
             raise InputError(f'{name}: training images of class {c!r}: {n}; two or more are needed')
