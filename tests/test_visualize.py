@@ -17,7 +17,8 @@ from scott.training import build
 from scott.visualize import (attention_figure, attention_maps, choose_images, load_run, main, mask_figure, mask_image,
                              patch_tokens, pca_figure, principal_axes, token_pca, visibility)
 
-TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2, device='cpu')
+TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
+           device='cpu')
 
 
 def tokens(*shape, seed=0):
