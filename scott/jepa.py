@@ -52,11 +52,8 @@ class MIMJEPA(nn.Module):
         return self
 
     @torch.no_grad()
-    def targets(
-        self,
-        images: Tensor,  # (B, C, H, W), the target view
-    ) -> Tensor:  # (B, N, D), each token with mean 0 and variance 1 over D
-        "What the target encoder says of the whole view, layer-normalized without learned scale."
+    def targets(self, images: Tensor) -> Tensor:  # target view (B, C, H, W) -> (B, N, D)
+        "What the target encoder says of the whole view, each token normalized to mean 0 and variance 1 over D."
         tokens = self.target(images).float()
         return F.layer_norm(tokens, tokens.shape[-1:])
 
@@ -72,10 +69,7 @@ class MIMJEPA(nn.Module):
         return hidden_smooth_l1(self.predictor(self.context(context, keep)), self.targets(target), keep)
 
     @torch.no_grad()
-    def update_target(
-        self,
-        momentum: float,  # m in [0, 1]; 1 leaves the target where it is
-    ):
+    def update_target(self, momentum: float):  # m in [0, 1]; 1 leaves the target where it is
         "target <- m target + (1 - m) context, for every parameter; call it after each optimizer step."
         if not 0 <= momentum <= 1: raise ValueError(f'momentum={momentum} must lie in [0, 1], e.g. 0.996')
         torch._foreach_lerp_(list(self.target.parameters()), list(self.context.parameters()), 1 - momentum)
