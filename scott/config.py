@@ -33,6 +33,7 @@ class Parser(argparse.ArgumentParser):
     "An argument parser whose errors are one line that names the way out; exit code 2."
 
     def error(self, message):
+        "Say what is wrong and end with exit code 2."
         self.exit(2, f'{self.prog}: {message} ({self.prog} --help lists every flag)\n')
 
 def parser_of(
@@ -120,7 +121,7 @@ PRESETS = dict(
     colab=dict(img_size=112, depth=7, embed_dim=192, epochs=40, warmup_epochs=4, batch_size=64),
     small=dict(img_size=112, depth=7, embed_dim=192, epochs=24, warmup_epochs=2, batch_size=32),
     demo=dict(data='petals', img_size=64, depth=3, predictor_depth=2, embed_dim=96, drop_rate=0., attn_drop_rate=0.,
-              drop_path_rate=0., lr=1e-3, epochs=6, warmup_epochs=1, batch_size=16),
+              drop_path_rate=0., lr=1e-3, momentum=.99, epochs=6, warmup_epochs=1, batch_size=16),
 )
 FREE = {'data_root', 'device', 'checkpoint_minutes', 'out', 'resume'}  # may differ when a run goes on
 

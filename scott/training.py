@@ -46,7 +46,7 @@ def draw_masks(cfg, batch, grid, generator):
     return getattr(masking, cfg.mask)(batch, grid, cfg.mask_ratio, generator=generator)
 
 # %% ../nbs/23_training.ipynb #b9ff9f5a
-def make_optimizer(jepa: MIMJEPA) -> torch.optim.Optimizer:  # two groups: with weight decay, and without (biases and 1-D parameters)
+def make_optimizer(jepa: MIMJEPA) -> torch.optim.Optimizer:  # two groups: with and without weight decay
     "AdamW over context encoder and predictor; learning rate and decay are set at each step."
     params = [p for p in jepa.parameters() if p.requires_grad]
     return torch.optim.AdamW([{'params': [p for p in params if p.ndim > 1]},
@@ -143,7 +143,8 @@ def set_state(
     "Put a run back to where `get_state` found it. InputError if the state is of another run: it names what differs."
     if 'identity' not in state: raise InputError(f'{trainer.run / "checkpoint.pt"} was not written by scott_pretrain')
     there = state['identity']
-    differs = [f'{k} is {there.get(k)!r} there and {v!r} here' for k, v in identity(trainer).items() if there.get(k) != v]
+    differs = [f'{k} is {there.get(k)!r} there and {v!r} here'
+               for k, v in identity(trainer).items() if there.get(k) != v]
     if differs:
         raise InputError(f'{trainer.run / "checkpoint.pt"} is of another run: {"; ".join(differs)}. '
                          'Restore both, or start a new run')
