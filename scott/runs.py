@@ -31,7 +31,7 @@ def write_atomic(
 # %% ../nbs/27_runs.ipynb #6fccf303
 def load_checkpoint(
     run: Path,  # a run folder
-) -> dict:  # what `Trainer.state` returned
+) -> dict:  # what `get_state` returned
     "Read RUN/checkpoint.pt, or say why it can't be read."
     path = Path(run) / 'checkpoint.pt'
     if not path.is_file():
