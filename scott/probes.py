@@ -11,7 +11,6 @@ import json
 import shlex
 import sys
 import time
-from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from .config import opt, parse_args, read_config, run_cli
 from .data import ImageSet, InputError, load
 from .encoder import Encoder
 from .heads import CrossAttentive, MultiHeadAttentive, SimpleAttentive, head_logits, train_head
-from .runs import describe_machine, read_metrics, write_atomic
+from .runs import describe_machine, load_encoder, read_metrics, write_atomic
 from .training import pick_device
 
 # %% ../nbs/30_probes.ipynb #8b5d136a
@@ -159,15 +158,7 @@ def load_encoders(
     seed: int,  # of the run: the random row is its very first state
 ) -> dict:  # name -> Encoder
     "The three encoders that a table compares."
-    found = {}
-    for name in ('context', 'target'):
-        folder = run / name
-        for file in ('config.json', 'model.safetensors'):
-            if not (folder / file).is_file():
-                raise InputError(f'{folder} has no {file}: the run has not saved its weights; wait, or resume it')
-        try:
-            with redirect_stdout(None): found[name] = Encoder.from_pretrained(folder)  # it prints a line
-        except Exception as e: raise InputError(f'{folder} is damaged ({type(e).__name__}): resume the run') from e
+    found = {name: load_encoder(run / name) for name in ('context', 'target')}
     torch.manual_seed(seed)
     return {'random initialization': Encoder(**json.loads((run / 'target' / 'config.json').read_text())), **found}
 

@@ -8,9 +8,7 @@ __all__ = ['patch_tokens', 'load_run', 'principal_axes', 'token_pca', 'blank_axe
            'main']
 
 # %% ../nbs/32_visualize.ipynb #0846498a
-import contextlib
 import math
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,7 @@ from .augment import eval_view
 from .config import Config, opt, parse_args, read_config, run_cli
 from .data import InputError, load
 from .encoder import Encoder, patch_grid
-from .runs import write_atomic
+from .runs import load_encoder, write_atomic
 from .training import build, draw_masks
 
 # %% ../nbs/32_visualize.ipynb #d141f8fa
@@ -42,15 +40,8 @@ def load_run(
     run: Path,  # a run folder
 ) -> tuple:  # its Config; name -> Encoder: the random initialization it began with, and the trained target
     "The two encoders that every picture sets side by side."
-    cfg, folder = read_config(run), run / 'target'
-    for file in ('config.json', 'model.safetensors'):
-        if not (folder / file).is_file():
-            raise InputError(f'{folder} has no {file}: the run has not saved its weights; wait, or resume it')
-    try:
-        with contextlib.redirect_stdout(sys.stderr):  # the Hub's class announces each load
-            trained = Encoder.from_pretrained(folder)
-    except ValueError as e: raise InputError(f'{e}; restore it, or resume the run') from e
-    return cfg, {'random': build(cfg).target, 'trained': trained}
+    cfg = read_config(run)
+    return cfg, {'random': build(cfg).target, 'trained': load_encoder(run / 'target')}
 
 # %% ../nbs/32_visualize.ipynb #763a9e53
 def principal_axes(

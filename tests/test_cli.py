@@ -193,7 +193,7 @@ def test_a_run_folder_that_cannot_be_made(refused, place, tmp_path):
 
 def test_flags_that_contradict_the_stored_run(refused, place):
     said = refused('scott_pretrain', '--out', place / 'run', '--resume', '--depth', '2', '--lr', '0.1', '--seed', '0')
-    assert 'depth is 1 there and 2 here' in said and 'lr is 0.0005 there and 0.1 here' in said
+    assert 'depth is 1 there and 2 here' in said and 'lr is 0.001 there and 0.1 here' in said
     assert 'seed' not in said and str(place / 'run') in said and '--out' in said
 
 
