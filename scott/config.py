@@ -121,7 +121,7 @@ PRESETS = dict(
     colab=dict(img_size=112, depth=7, embed_dim=192, epochs=40, warmup_epochs=4, batch_size=64),
     small=dict(img_size=112, depth=7, embed_dim=192, epochs=24, warmup_epochs=2, batch_size=32),
     demo=dict(data='petals', img_size=64, depth=3, predictor_depth=2, embed_dim=96, drop_rate=0., attn_drop_rate=0.,
-              drop_path_rate=0., lr=1e-3, epochs=5, warmup_epochs=1, batch_size=16),
+              drop_path_rate=0., lr=1e-3, epochs=6, warmup_epochs=1, batch_size=16),
 )
 FREE = {'data_root', 'device', 'checkpoint_minutes', 'out', 'resume'}  # may differ when a run goes on
 
