@@ -125,7 +125,7 @@ PRESETS = dict(
 )
 FREE = {'data_root', 'device', 'checkpoint_minutes', 'out', 'resume'}  # may differ when a run goes on
 
-# %% ../nbs/26_config.ipynb #bdc63f3b
+# %% ../nbs/26_config.ipynb #dd718bcf
 def read_config(
     run: str | Path,  # a run folder
 ) -> Config:
@@ -137,7 +137,7 @@ def read_config(
     except ValueError as e: raise InputError(f'{path} is damaged ({e}): restore it, or start a new run') from e
     return Config(**{f.name: stored[f.name] for f in fields(Config) if f.name in stored})
 
-# %% ../nbs/26_config.ipynb #fd5a5035
+# %% ../nbs/26_config.ipynb #69522337
 def check_ranges(
     cfg: Config,
 ) -> Config:  # the same
@@ -155,7 +155,7 @@ def check_ranges(
         raise InputError(f'--warmup-epochs {cfg.warmup_epochs} leaves nothing of --epochs {cfg.epochs}: lower it')
     return cfg
 
-# %% ../nbs/26_config.ipynb #507fab2a
+# %% ../nbs/26_config.ipynb #7ebd0764
 def make_config(
     argv: list | None = None,  # the words after `scott_pretrain`; None = sys.argv
 ) -> Config:
