@@ -76,7 +76,7 @@ def run_cli(
 # %% ../nbs/26_config.ipynb #106c7beb
 @dataclass
 class Config:
-    "Pre-train SCOTT + MIM-JEPA: one encoder from a set of images, without labels and without outside data."
+    "Pre-train SCOTT + MIM-JEPA on images alone, without labels. The defaults shown are those of the preset paper."
     preset: str = opt('paper', 'starting point for every other flag: demo, colab, small or paper')
     data: str = opt('flowers102', 'petals, flowers102, pets37, imagenet100 or folder:PATH')
     data_root: str = opt(None, 'folder of the data sets (default: $SCOTT_DATA, else ~/.cache/scott)', str)
@@ -152,7 +152,8 @@ def check_ranges(
                 raise InputError(f'--{name.replace("_", "-")} {getattr(cfg, name)}: it must be at least {low}'
                                  + (f' and at most {high}' if high == 1 else ''))
     if cfg.warmup_epochs >= cfg.epochs:
-        raise InputError(f'--warmup-epochs {cfg.warmup_epochs} leaves nothing of --epochs {cfg.epochs}: lower it')
+        raise InputError(f'--warmup-epochs {cfg.warmup_epochs} leaves nothing of --epochs {cfg.epochs}: '
+                         'lower --warmup-epochs, or raise --epochs')
     return cfg
 
 # %% ../nbs/26_config.ipynb #7ebd0764

@@ -38,7 +38,8 @@ def load_checkpoint(
     "Read RUN/checkpoint.pt, or say why it can't be read."
     path = Path(run) / 'checkpoint.pt'
     if not path.is_file():
-        raise InputError(f'{path} is not there: the run stopped before its first checkpoint; start a new one')
+        raise InputError(f'{path} is not there: the run stopped before its first checkpoint; '
+                         f'start anew in another --out, or remove {run}')
     try:
         with zipfile.ZipFile(path) as z:  # torch.load does not compare the checksums
             if z.testzip(): raise ValueError('a checksum differs')
