@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from timm.layers import DropPath, GluMlp, Mlp, trunc_normal_
 from torch import Tensor, nn
 
+from .kernels import Dropout, attend
 from .tokenizer import PatchEmbed, SparseTokenizer
 
 # %% ../nbs/13_encoder.ipynb #0fc8b6d1
@@ -31,7 +32,7 @@ class Attention(nn.Module):
         self.num_heads, self.attn_drop = num_heads, attn_drop
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
 
     def split(self, x):
         "(B, T, D) -> queries, keys and values, each (B, H, T, D / H)."
@@ -39,7 +40,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         q, k, v = self.split(x)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.)
+        y = attend(q, k, v, self.attn_drop if self.training else 0.)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))  # b h t d/h -> b t d
 
     def weights(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, T)
@@ -125,7 +126,7 @@ class Transformer(nn.Module):
         self.grid = tuple(grid)
         self.register_buffer('pos_embed', sincos_positions(self.grid, dim), persistent=False)
         self.registers = nn.Parameter(trunc_normal_(torch.zeros(1, reg_tokens, dim), std=.02)) if reg_tokens else None
-        self.drop = nn.Dropout(drop_rate)
+        self.drop = Dropout(drop_rate)
         self.blocks = nn.ModuleList(Block(dim, num_heads, ffn, mlp_ratio, drop_rate, attn_drop_rate, path)
                                     for path in torch.linspace(0, drop_path_rate, depth).tolist())
         init_blocks(self.blocks, blocks_before)
@@ -133,8 +134,7 @@ class Transformer(nn.Module):
     def positions(self, grid):
         "The positions of a grid (rows, columns), (N, D): the stored ones, or these interpolated (bicubic)."
         if tuple(grid) == self.grid: return self.pos_embed
-        image = self.pos_embed.T.reshape(1, -1, *self.grid)  # 1 d rows columns
-        return F.interpolate(image, size=tuple(grid), mode='bicubic', align_corners=False).flatten(2)[0].T
+        return F.interpolate(self.pos_embed.T.reshape(1, -1, *self.grid), tuple(grid), mode='bicubic').flatten(2)[0].T
 
     def embed(self, x, grid=None):
         "(B, N, D) -> (B, R + N, D): add positions, put the registers in front (they have no position), drop out."

@@ -56,5 +56,7 @@ class MaxBlurPool2d(nn.Module):
         if x.shape[1] != len(self.kernel):
             raise ValueError(f'x has {x.shape[1]} channels, this pool was made for channels={len(self.kernel)}')
         x = F.max_pool2d(x, 2, stride=1)
-        x = F.conv2d(x, self.kernel.to(x.dtype), stride=2, padding=1, groups=x.shape[1])
+        with torch.autocast('cpu', enabled=False):  # see above: on a CPU in 32 bits
+            wide = x.float() if x.is_cpu and x.dtype == torch.bfloat16 else x
+            x = F.conv2d(wide, self.kernel.to(wide.dtype), stride=2, padding=1, groups=x.shape[1]).to(x.dtype)
         return apply_mask(x, mask)
