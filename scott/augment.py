@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['CHANGES', 'MEAN', 'STD', 'random_boxes', 'cubic_matrix', 'resample', 'gray', 'brightness', 'contrast', 'saturation',
-           'grayscale', 'hue', 'gaussian_blur', 'draw_changes', 'recolor', 'normalize', 'eval_view', 'two_views']
+           'grayscale', 'hue', 'gaussian_blur', 'draw_changes', 'recolor', 'normalize', 'eval_view', 'Draws',
+           'draw_views', 'apply_views', 'two_views']
 
 # %% ../nbs/21_augment.ipynb #54422027
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -73,41 +76,25 @@ def gray(
     "How bright a pixel looks: a weighted sum of red, green and blue."
     return (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
 
-
 def _blend(x, reference, strength):
     "strength * x + (1 - strength) * reference, kept in [0, 1]."
     return torch.lerp(reference, x, strength[:, None, None, None]).clamp(0, 1)
 
-
-def brightness(
-    x: Tensor,          # (B, 3, H, W) in [0, 1]
-    strength: Tensor,   # (B,) 0 = black, 1 = unchanged
-) -> Tensor:            # like x
-    "Blends each image with black."
+def brightness(x: Tensor, strength: Tensor) -> Tensor:
+    "Blends each image with black: x (B, 3, H, W) in [0, 1], strength (B,) 0 = black, 1 = unchanged."
     return _blend(x, torch.zeros_like(x), strength)
 
-
-def contrast(
-    x: Tensor,          # (B, 3, H, W) in [0, 1]
-    strength: Tensor,   # (B,) 0 = one gray, 1 = unchanged
-) -> Tensor:            # like x
-    "Blends each image with its own mean gray."
+def contrast(x: Tensor, strength: Tensor) -> Tensor:
+    "Blends each image with its own mean gray: x (B, 3, H, W) in [0, 1], strength (B,) 0 = one gray, 1 = unchanged."
     return _blend(x, gray(x).mean((2, 3), keepdim=True), strength)
 
 # %% ../nbs/21_augment.ipynb #41c32947
-def saturation(
-    x: Tensor,          # (B, 3, H, W) in [0, 1]
-    strength: Tensor,   # (B,) 0 = gray, 1 = unchanged
-) -> Tensor:            # like x
-    "Blends each image with its gray version."
+def saturation(x: Tensor, strength: Tensor) -> Tensor:
+    "Blends each image with its gray version: x (B, 3, H, W) in [0, 1], strength (B,) 0 = gray, 1 = unchanged."
     return _blend(x, gray(x), strength)
 
-
-def grayscale(
-    x: Tensor,          # (B, 3, H, W) in [0, 1]
-    strength: Tensor,   # (B,) not used: all operations are called alike
-) -> Tensor:            # like x
-    "The gray version, in three equal channels."
+def grayscale(x: Tensor, strength: Tensor) -> Tensor:
+    "The gray version, in three equal channels: x (B, 3, H, W) in [0, 1], strength not used."
     return gray(x).expand_as(x)
 
 # %% ../nbs/21_augment.ipynb #b74a24ba
@@ -148,7 +135,6 @@ def gaussian_blur(
 # %% ../nbs/21_augment.ipynb #419b063b
 CHANGES = (brightness, contrast, saturation, hue, grayscale, gaussian_blur)     # the first four are the color jitter
 
-
 def draw_changes(
     n: int,                                     # number of views
     color: float = 0.6,                         # probability that a view is changed at all
@@ -175,8 +161,7 @@ def recolor(
     "Changes each image in its own order: slot by slot, each operation on the images that have it there."
     jobs = [(change, (slot[:, change] == turn).nonzero()[:, 0]) for turn in range(6) for change in range(6)]
     jobs = [(change, rows) for change, rows in jobs if len(rows)]
-    if not jobs:
-        return x
+    if not jobs: return x
     strength = strength.to(x.device, non_blocking=True)
     rows = torch.cat([rows for _, rows in jobs]).to(x.device, non_blocking=True)        # one copy for all
     for (change, _), chosen in zip(jobs, rows.split([len(rows) for _, rows in jobs])):
@@ -186,21 +171,17 @@ def recolor(
 # %% ../nbs/21_augment.ipynb #fba09be9
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)    # of ImageNet's training images
 
-
 def normalize(
     x: Tensor,          # (B, 3, H, W) in [0, 1]; overwritten
 ) -> Tensor:            # x, so that ImageNet's pixels have mean 0 and standard deviation 1 in each channel
     "Subtracts ImageNet's mean and divides by its standard deviation, channel by channel."
-    for channel in range(3):
-        x[:, channel].sub_(MEAN[channel]).div_(STD[channel])
+    for c in range(3): x[:, c].sub_(MEAN[c]).div_(STD[c])
     return x
-
 
 def _check_images(images):
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f'images must be uint8 of shape (B, 3, S, S), got {images.dtype} {tuple(images.shape)}; '
                          'resize every picture to S x S and pass its width / height as aspect')
-
 
 @torch.no_grad()
 def eval_view(
@@ -210,8 +191,52 @@ def eval_view(
     _check_images(images)
     return normalize(images.float() / 255)
 
-# %% ../nbs/21_augment.ipynb #b4c50c8f
+# %% ../nbs/21_augment.ipynb #96f0813b
+class Draws(NamedTuple):
+    "What the views of B images are made with, on the CPU: `random_boxes`, mirroring, `draw_changes` of both views."
+    boxes: Tensor       # (B, 4)
+    flip: Tensor        # (B,) bool
+    slot: Tensor        # (2, B, 6): context, target
+    strength: Tensor    # (2, B, 6)
+
+    def rows(self, index):
+        "The draws of some of the images."
+        return Draws(self.boxes[index], self.flip[index], self.slot[:, index], self.strength[:, index])
+
+def draw_views(
+    aspect: Tensor,                             # (B,) width / height of the original pictures, on the CPU
+    generator: torch.Generator | None = None,   # CPU generator; None = PyTorch's global one
+    scale: tuple[float, float] = (0.2, 1.0),    # range of the crop's share of the picture's area
+    color: float = 0.6,                         # probability that a view's colors are changed at all
+) -> Draws:
+    "All that is random in `two_views`."
+    if aspect.ndim != 1 or not (aspect > 0).all() or not aspect.isfinite().all():
+        raise ValueError(f'aspect must hold {len(aspect)} positive numbers, one for each image, got {aspect}')
+    if not 0 < scale[0] <= scale[1] <= 1: raise ValueError(f'scale must be a range within (0, 1], got {scale}')
+    if not 0 <= color <= 1: raise ValueError(f'color is a probability and must lie in [0, 1], got {color}')
+    if generator is not None and generator.device.type != 'cpu':
+        raise ValueError(f'generator must be a CPU generator, got one on {generator.device}; use torch.Generator()')
+    boxes = random_boxes(aspect, scale, generator=generator)
+    flip = torch.rand(len(aspect), generator=generator) < 0.5
+    return Draws(boxes, flip, *(t.view(2, -1, 6) for t in draw_changes(2 * len(aspect), color, generator)))
+
+# %% ../nbs/21_augment.ipynb #68f534e5
 @torch.no_grad()
+def apply_views(
+    images: Tensor,     # (B, 3, S, S) uint8, each picture squashed to S x S
+    draws: Draws,       # of these B images
+    size: int = 224,    # side of the views in pixels, at least 5 (the blur's radius is 4)
+) -> tuple[Tensor, Tensor]:     # context, target: (B, 3, size, size) float32, ImageNet-normalized
+    "The pixels of two views that are drawn already."
+    _check_images(images)
+    if len(draws.boxes) != len(images):
+        raise ValueError(f'aspect must hold {len(images)} positive numbers, one for each image, got {len(draws.boxes)}')
+    if size < 5: raise ValueError(f'size must be at least 5 pixels (the blur looks 4 pixels far), got {size}')
+    boxes, flip = (t.to(images.device, non_blocking=True) for t in (draws.boxes, draws.flip))
+    with torch.autocast(images.device.type, enabled=False):
+        x = resample(images, boxes, size, flip)
+        return normalize(recolor(torch.cat([x, x]), draws.slot.flatten(0, 1), draws.strength.flatten(0, 1))).chunk(2)
+
 def two_views(
     images: Tensor,                             # (B, 3, S, S) uint8, each picture squashed to S x S
     aspect: Tensor | None = None,               # (B,) width / height before squashing; None = all 1
@@ -221,21 +246,5 @@ def two_views(
     color: float = 0.6,                         # probability that a view's colors are changed at all
 ) -> tuple[Tensor, Tensor]:                     # context, target: (B, 3, size, size) float32, ImageNet-normalized
     "Two views of each image: one crop and mirroring for both, colors changed in each on its own."
-    _check_images(images)
     aspect = torch.ones(len(images)) if aspect is None else torch.as_tensor(aspect, dtype=torch.float32).cpu()
-    if aspect.shape != images.shape[:1] or not (aspect > 0).all() or not aspect.isfinite().all():
-        raise ValueError(f'aspect must hold {len(images)} positive numbers, one for each image, got {aspect}')
-    if size < 5:
-        raise ValueError(f'size must be at least 5 pixels (the blur looks 4 pixels far), got {size}')
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f'scale must be a range within (0, 1], got {scale}')
-    if not 0 <= color <= 1:
-        raise ValueError(f'color is a probability and must lie in [0, 1], got {color}')
-    if generator is not None and generator.device.type != 'cpu':
-        raise ValueError(f'generator must be a CPU generator, got one on {generator.device}; use torch.Generator()')
-    boxes = random_boxes(aspect, scale, generator=generator).to(images.device, non_blocking=True)
-    flip = (torch.rand(len(images), generator=generator) < 0.5).to(images.device, non_blocking=True)
-    slot, strength = draw_changes(2 * len(images), color, generator)
-    with torch.autocast(images.device.type, enabled=False):
-        x = resample(images, boxes, size, flip)
-        return normalize(recolor(torch.cat([x, x]), slot, strength)).chunk(2)
+    return apply_views(images, draw_views(aspect, generator, scale, color), size)

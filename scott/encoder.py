@@ -22,6 +22,7 @@ from .tokenizer import PatchEmbed, SparseTokenizer
 # %% ../nbs/13_encoder.ipynb #0fc8b6d1
 class Attention(nn.Module):
     "Multi-head self-attention without biases (Vaswani et al., arXiv 1706.03762)."
+    attend = staticmethod(attend)  # may be replaced by another function of the same equations
     def __init__(self,
         dim: int,  # D
         num_heads: int,  # H, divides D
@@ -40,7 +41,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         q, k, v = self.split(x)
-        y = attend(q, k, v, self.attn_drop if self.training else 0.)
+        y = self.attend(q, k, v, self.attn_drop if self.training else 0.)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))  # b h t d/h -> b t d
 
     def weights(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, T)
@@ -69,8 +70,7 @@ def feed_forward(
 ) -> nn.Module:  # (B, T, D) -> (B, T, D)
     "The block's second half: SwiGLU (Shazeer, arXiv 2002.05202) with 8/3 D hidden units rounded to 128, or a GELU MLP."
     if kind == 'swiglu':
-        hidden = 128 * max(1, round(8 / 3 * dim / 128))
-        return GluMlp(dim, 2 * hidden, act_layer=nn.SiLU, bias=False, gate_last=False)
+        return GluMlp(dim, 256 * max(1, round(8 / 3 * dim / 128)), act_layer=nn.SiLU, bias=False, gate_last=False)
     if kind == 'mlp': return Mlp(dim, int(mlp_ratio * dim), bias=False, drop=drop)
     raise ValueError(f"ffn={kind!r} is unknown: choose 'swiglu' or 'mlp'")
 

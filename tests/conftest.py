@@ -1,6 +1,36 @@
-"""What the tests share: the markers of tests that not every machine runs."""
+"""What the tests share: the markers of tests that not every machine runs, and the figures that some of them report."""
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic products on a GPU; read when CUDA starts
 
 
 def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes more than a few seconds; skip with -m "not slow"')
     config.addinivalue_line('markers', 'cuda: needs a CUDA device')
+    config.figures = []
+
+
+@pytest.fixture
+def figure(request):
+    "Call it with a promise and what was measured, after the assertions; see `pytest_sessionfinish`."
+    def note(promise, measured):
+        where = request.node.nodeid.split('/')[-1]
+        request.config.figures.append(dict(promise=promise, measured=measured, test=where))
+    return note
+
+
+def pytest_sessionfinish(session, exitstatus):
+    "`SCOTT_FIGURES=nbs/results/reliability.json pytest tests` writes the figures down if every test passed."
+    path = os.environ.get('SCOTT_FIGURES')
+    if path and exitstatus == 0:
+        import torch
+
+        from scott.runs import describe_machine
+        record = dict(command='SCOTT_FIGURES=nbs/results/reliability.json python -m pytest tests',
+                      machine=describe_machine(torch.device('cpu')),
+                      figures=sorted(session.config.figures, key=lambda f: f['promise']))
+        Path(path).write_text(json.dumps(record, indent=1) + '\n')

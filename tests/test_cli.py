@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = dict(scott_pretrain='scott.training', scott_probe='scott.probes', scott_visualize='scott.visualize')
+COMMANDS = dict(scott_pretrain='scott.training', scott_probe='scott.probes', scott_visualize='scott.visualize',
+                scott_bench='scott.bench')
 TINY = ('--preset demo --img-size 32 --embed-dim 16 --depth 1 --predictor-depth 1 --batch-size 8 --epochs 1 '
         '--warmup-epochs 0 --device cpu --amp off --mask uniform').split()
 
@@ -269,12 +270,46 @@ def test_a_run_without_its_encoders(refused, place, tmp_path, command):
 def test_an_unknown_flag_or_no_folder(refused, place, command):
     pytest.importorskip(COMMANDS[command])
     assert '--sed' in refused(command, place / 'run', '--sed', '1')
-    refused(command)
+    if command != 'scott_bench': refused(command)  # scott_bench needs no folder
 
 
 def test_probes_need_labels(refused, place):
     pytest.importorskip(COMMANDS['scott_probe'])
     assert 'no labels' in refused('scott_probe', place / 'run', '--probes', 'knn')
+
+
+@pytest.mark.parametrize('wrong, words', [
+    ('--without turbo', ['turbo', 'attention']), ('--accumulate 3', ['--batch-size 8', '--accumulate']),
+    ('--accumulate 0', ['--accumulate 0']), ('--keep-checkpoints 0', ['--keep-checkpoints 0']),
+    ('--without masks', ['--without masks', 'uniform'])])
+def test_levers_and_pieces_that_cannot_be(refused, place, tmp_path, wrong, words):
+    images = f'folder:{place / "images"}'
+    said = refused('scott_pretrain', *TINY, '--data', images, '--out', tmp_path / 'new', *wrong.split())
+    assert all(word in said for word in words)
+
+
+@pytest.mark.parametrize('wrong, words', [
+    ('--preset huge', ['huge', 'paper']), ('--images 0', ['--images']), ('--steps 0', ['--steps']),
+    ('--json nowhere/bench.json', ['nowhere', '--json']), ('--img-size 100', ['100', '96']),
+    ('--device cuda:99', ['cuda:99'])])
+def test_a_benchmark_that_cannot_be(refused, wrong, words):
+    said = refused('scott_bench', *wrong.split())
+    assert all(word in said for word in words)
+
+
+def test_the_benchmark_writes_its_figures(tmp_path, capsys):
+    sizes = '--preset demo --embed-dim 16 --depth 1 --batch-size 4 --images 8 --steps 1 --device cpu'
+    run('scott_bench', *sizes.split(), '--ladder', '--json', tmp_path / 'bench.json')
+    report = json.loads((tmp_path / 'bench.json').read_text())
+    for name in ('engine', 'baseline'):
+        r = report[name]
+        assert r['images_per_s'] == pytest.approx(4 / r['step_s']) and 0 <= r['data_wait'] < 1
+        assert r['gflop_per_s'] == pytest.approx(report['gflop_per_image'] * r['images_per_s'])
+        assert r['share_of_product'] == pytest.approx(r['gflop_per_s'] / report['product']['gflop_per_s'])
+    assert report['ratio'] == pytest.approx(report['engine']['images_per_s'] / report['baseline']['images_per_s'])
+    assert [r['lever'] for r in report['ladder']][:3] == ['none', 'augment', 'masks']
+    assert report['config']['without'] == '' and report['machine']['hardware']
+    assert f'{report["ratio"]:.2f}' in capsys.readouterr().out
 
 
 # --- help

@@ -200,7 +200,7 @@ def test_broken_images_stop_the_loading_by_default(photos, tmp_path):
         assert all(name in str(error.value) for name in names) and len(str(error.value).splitlines()) == 1
 
 
-def test_broken_images_are_left_out_named_and_counted(photos, tmp_path, capsys):
+def test_broken_images_are_left_out_named_and_counted(photos, tmp_path, capsys, figure):
     whole = load(f'folder:{photos}', size=16, cache=tmp_path / 'c')
     names = spoil(photos)
     for _ in range(2):
@@ -210,6 +210,7 @@ def test_broken_images_are_left_out_named_and_counted(photos, tmp_path, capsys):
         assert sorted(Path(p).name for p in rest.skipped) == names
         assert torch.equal(rest.images, whole.images) and torch.equal(rest.labels, whole.labels)
         assert torch.equal(rest.aspect, whole.aspect)
+    figure('10 empty, cut and text files among the images', '3 of 3 named and counted; stopped or left out as asked')
 
 
 def test_only_broken_images_is_an_error_even_when_skipping(tmp_path):

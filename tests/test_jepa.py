@@ -116,7 +116,7 @@ def test_targets_are_normalized_and_do_not_see_the_scale():
 
 # --- leak
 
-def test_hidden_pixels_of_the_context_view_change_nothing():
+def test_hidden_pixels_of_the_context_view_change_nothing(figure):
     jepa, context, target, keep = make(**NO_DROPOUT)
     noisy = torch.where(in_pixels(keep), context, 100 * torch.randn_like(context))
     with torch.no_grad():
@@ -125,11 +125,12 @@ def test_hidden_pixels_of_the_context_view_change_nothing():
         visible = torch.where(in_pixels(keep), context + 1, context)
         assert jepa(visible, target, keep) != loss  # the test can see a change
         assert jepa(context, torch.where(in_pixels(keep), target, target + 1), keep) != loss  # targets see everything
+    figure('05 hidden pixels replaced by noise x 100', 'change of the loss 0.0')
 
 
 # --- the target's moving average
 
-def test_update_equals_a_loop_to_one_ulp():
+def test_update_equals_a_loop_to_one_ulp(figure):
     jepa, *_ = make()
     with torch.no_grad():
         for p in jepa.context.parameters(): p.add_(.01 * torch.randn_like(p))
@@ -142,6 +143,7 @@ def test_update_equals_a_loop_to_one_ulp():
         formula = .996 * old.double() + .004 * context.detach().double()
         torch.testing.assert_close(new.double(), formula, atol=1e-6, rtol=0)
         assert not torch.equal(new, old)
+    figure('12 moving average: all tensors in one call = loop', 'within 1 ulp')
 
 
 def test_at_momentum_1_the_target_stays_and_at_0_it_is_the_context():

@@ -78,10 +78,11 @@ def test_visible_count_is_safe_from_rounding(n):
     assert all(visible_count((1, n), 1 - kept / n) == kept for kept in range(1, n))
 
 
-def test_blockwise_count_over_a_hundred_thousand_masks():
+def test_blockwise_count_over_a_hundred_thousand_masks(figure):
     g = seeded()
     counts = torch.cat([blockwise(5000, generator=g).sum(1) for _ in range(20)])
     assert len(counts) == 100_000 and counts.unique().tolist() == [79]
+    figure('06 visible patches of 100,000 masks', 'always 79')
 
 
 def test_blocks_alone_fill_the_mask(monkeypatch):

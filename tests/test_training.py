@@ -9,19 +9,21 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from scott import training
+from scott import parallel, training
 from scott.config import Config, make_config
 from scott.data import ImageSet, InputError, petals
 from scott.encoder import Encoder
-from scott.runs import load_checkpoint, read_metrics, write_atomic
-from scott.schedule import linear, warmup_flat_cosine
-from scott.training import Trainer, epoch_order, get_state, main, make_optimizer, pretrain, save, set_state
+from scott.parallel import epoch_order, stream
+from scott.runs import load_checkpoint, read_metrics, write_checkpoint
+from scott.schedule import linear, make_optimizer, warmup_flat_cosine
+from scott.training import Trainer, get_state, main, pretrain, save, set_state
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=1, predictor_depth=1, batch_size=16, epochs=3,
@@ -63,15 +65,15 @@ def tensors(tree):
 
 
 def distance(a, b):
-    "max|Δ| over two states: weights, target, Adam's moments and step counts, random generators, loss sum."
+    "max|Δ| over two states: weights, target, Adam's moments and step counts, loss sum."
     pairs = list(zip(tensors(a), tensors(b), strict=True))
     assert len(pairs) > 100
     return max((x.double() - y.double()).abs().max().item() for x, y in pairs)
 
 
 def lines(run):
-    "The metrics of a run without the one number that is a timing."
-    return [{k: v for k, v in m.items() if k != 'images_per_s'} for m in read_metrics(run)]
+    "The metrics of a run without the two numbers that are timings."
+    return [{k: v for k, v in m.items() if k not in ('images_per_s', 'data_wait')} for m in read_metrics(run)]
 
 
 def contents(folder):
@@ -124,7 +126,7 @@ def reached(run):
     return load_checkpoint(run)['step'] if (run / 'checkpoint.pt').is_file() else 0
 
 
-def test_killed_and_resumed_is_the_same_run_bit_for_bit(place, straight):
+def test_killed_and_resumed_is_the_same_run_bit_for_bit(place, straight, figure):
     run, python = place / 'killed', [sys.executable, '-m', 'scott.training']
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     with open(place / 'killed.log', 'w') as out:
@@ -142,23 +144,59 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(place, straight):
         ours, theirs = (Encoder.from_pretrained(r / name).state_dict() for r in (run, straight))
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
     assert not list(run.rglob('*.part'))
+    figure('01 12 steps straight = kill -9 + resume (weights, target, Adam, losses)', 'max|Δ| = 0.0')
 
 
-def test_what_is_left_out_of_a_checkpoint_is_missed(flowers):
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=['SIGTERM', 'SIGINT'])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_bit_for_bit(place, straight, tmp_path, number, code):
+    argv = command(tmp_path, 'run', '--data', f'folder:{place / "images"}', '--checkpoint-minutes', '60')
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    process = subprocess.Popen([sys.executable, '-m', 'scott.training', *argv], env=env, stderr=subprocess.PIPE, text=True)
+    run, deadline = tmp_path / 'run', time.monotonic() + 120
+    while not read_metrics(run):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(.005)
+    process.send_signal(number)
+    last = process.communicate(timeout=60)[1].splitlines()[-1]
+    step = reached(run)
+    assert process.returncode == code and 2 <= step < 12
+    assert last == f'{number.name} after step {step}: saved in {run}; add --resume to go on'
+    main(['--out', str(run), '--resume'])
+    ours, theirs = load_checkpoint(run), load_checkpoint(straight)
+    assert ours.pop('identity') == theirs.pop('identity')
+    assert distance(ours, theirs) == 0. and lines(run) == lines(straight)
+
+
+def test_the_last_checkpoints_are_kept(place, tmp_path):
+    for keep in (1, 3):
+        main(command(tmp_path, str(keep), '--data', f'folder:{place / "images"}', '--checkpoint-minutes', '0',
+                     '--keep-checkpoints', str(keep)))
+    names = lambda keep: sorted(p.name for p in (tmp_path / keep).glob('checkpoint*'))
+    assert names('1') == ['checkpoint.pt']
+    assert names('3') == ['checkpoint-10.pt', 'checkpoint-11.pt', 'checkpoint.pt']
+
+
+def test_what_is_left_out_of_a_checkpoint_is_missed(flowers, figure):
     "The negative control: every part of the state is needed."
     first, other = toy(flowers), toy(flowers)
     steps(first, 5)
     state = copy.deepcopy(get_state(first))
-    expected = steps(first, 3)
+    expected, gaps = steps(first, 3), {}
     fresh = get_state(toy(flowers, seed=9))
     set_state(other, copy.deepcopy(state))
     assert steps(other, 3) == expected
     for part in ('jepa', 'optimizer', 'step'):
         set_state(other, copy.deepcopy({**state, part: fresh[part]}))
-        assert steps(other, 3) != expected, part
-    for part in ('cpu', 'generator'):
-        set_state(other, copy.deepcopy({**state, 'rng': {**state['rng'], part: fresh['rng'][part]}}))
-        assert steps(other, 3) != expected, part
+        gaps[part] = max(abs(a - b) for a, b in zip(steps(other, 3), expected))
+    for part in ('views', 'dropout'):  # a random stream that were another one
+        with pytest.MonkeyPatch.context() as m:
+            changed = lambda *place: stream(*place, 'other') if part in place else stream(*place)
+            m.setattr(parallel if part == 'views' else training, 'stream', changed)
+            set_state(other, copy.deepcopy(state))
+            gaps[part] = max(abs(a - b) for a, b in zip(steps(other, 3), expected))
+    assert all(gaps.values()), gaps
+    figure('01 the same with one part left out (negative control)',
+           'loss Δ: ' + ', '.join(f'{part} {gap:.0e}' for part, gap in gaps.items()))
 
 
 def test_resuming_a_finished_run_changes_nothing(again):
@@ -174,7 +212,7 @@ def test_lines_after_the_checkpoint_are_dropped_at_resume(again, straight, monke
     complete = lines(straight)
     write_state_of_step(again, 5)
     with monkeypatch.context() as m:
-        m.setattr(training, 'fit', lambda trainer: None)  # only what comes before the first step
+        m.setattr(training, 'fit', lambda trainer: SimpleNamespace(name=None))  # only what comes before the first step
         pretrain(make_config(['--out', str(again), '--resume']))
     assert lines(again) == complete[:2]  # steps 2 and 4
     pretrain(make_config(['--out', str(again), '--resume']))
@@ -189,8 +227,8 @@ def write_state_of_step(run, step):
     trainer = Trainer(cfg, data)
     for _ in range(step):
         if trainer.step % cfg.log_every == 0: trainer.loss_sum.zero_()
-        trainer.loss_sum += trainer.train_step()[0]
-    write_atomic(run / 'checkpoint.pt', lambda part: torch.save(get_state(trainer), part))
+        trainer.train_step()
+    write_checkpoint(run, get_state(trainer), keep=1)
 
 
 def test_half_a_line_of_metrics_does_not_prevent_going_on(again, straight):
@@ -202,8 +240,8 @@ def test_half_a_line_of_metrics_does_not_prevent_going_on(again, straight):
 
 # --- seeds
 
-def test_same_seed_same_bits_other_seed_other_weights(flowers):
-    def run(seed):  # one after the other: dropout draws from the process's one generator
+def test_same_seed_same_bits_other_seed_other_weights(flowers, figure):
+    def run(seed):
         trainer = toy(flowers, seed=seed)
         return steps(trainer, 3), copy.deepcopy(get_state(trainer))
     (losses, one), (same, two), (others, _) = map(run, (3, 3, 4))
@@ -212,6 +250,7 @@ def test_same_seed_same_bits_other_seed_other_weights(flowers):
     fresh = [training.build(Config(**TOY, seed=seed)).state_dict() for seed in (3, 3, 4)]
     assert all(torch.equal(a, b) for a, b in zip(fresh[0].values(), fresh[1].values()))
     assert not torch.equal(fresh[0]['context.mask_token'], fresh[2]['context.mask_token'])
+    figure('04 same seed, same losses to the bit', 'max|Δ| = 0.0')
 
 
 def test_initial_weights_depend_on_nothing_but_the_configuration(flowers):
@@ -221,20 +260,31 @@ def test_initial_weights_depend_on_nothing_but_the_configuration(flowers):
     assert all(torch.equal(v, one[k]) for k, v in trainer.jepa.state_dict().items())
 
 
+GOLDEN = Path(__file__).with_name('golden_losses.json')  # written by `python tests/test_training.py`
+
+
+def golden_losses():
+    "50 steps of a toy run on drawn flowers."
+    return steps(toy(images_of(petals(n=70, size=64)[0]), epochs=13), 50)
+
+
+def test_golden_losses(figure):
+    "Other processors add in another order, so not to the bit; but a change of the mathematics shows at once."
+    stored = json.loads(GOLDEN.read_text())
+    ours = golden_losses()
+    assert ours == pytest.approx(stored['losses'], rel=1e-3)
+    assert len(stored['losses']) == 50 and stored['losses'][-1] < .6 * stored['losses'][0]
+    gap = max(abs(a / b - 1) for a, b in zip(ours, stored['losses']))
+    figure('11 50 golden losses', f'largest relative difference {gap:.1e}')
+
+
 # --- order
 
 def test_each_image_once_per_epoch_and_the_rest_is_dropped(monkeypatch):
     data = images_of(torch.arange(70, dtype=torch.uint8).view(70, 1, 1, 1).expand(70, 3, 64, 64).contiguous())
-    seen, real = [], training.two_views
-    def spy(images, *args):
-        seen.extend(images[:, 0, 0, 0].tolist())
-        return real(images, *args)
-    monkeypatch.setattr(training, 'two_views', spy)
     trainer = toy(data)
     assert trainer.per_epoch == 4
-    for _ in range(2 * 4):
-        trainer.batch()
-        trainer.step += 1
+    seen = [i for step in range(1, 9) for (batch,) in [trainer.feed.pictures(step)] for i in batch[:, 0, 0, 0].tolist()]
     first, second = seen[:64], seen[64:]
     assert len(set(first)) == len(set(second)) == 64  # 6 of 70 wait …
     assert set(first) != set(second) and first != second  # … for another epoch, which has another order
@@ -247,7 +297,7 @@ def test_orders_differ_between_epochs_and_seeds():
 
 
 def test_batches_are_what_the_configuration_says(flowers):
-    context, target, keep = toy(flowers, mask_ratio=.5).batch()
+    (context, target, keep), = toy(flowers, mask_ratio=.5).feed.micro_batches(step=1)
     assert context.shape == target.shape == (16, 3, 64, 64) and context.dtype == torch.float32
     assert keep.shape == (16, 16) and keep.dtype == torch.bool and (keep.sum(1) == 8).all()
     assert not torch.equal(context, target)
@@ -314,7 +364,8 @@ def test_run_folder(straight):
     names = {p.name for p in straight.iterdir()}
     assert names == {'config.json', 'metrics.jsonl', 'curves.png', 'checkpoint.pt', 'context', 'target'}
     for line in read_metrics(straight):
-        assert set(line) == {'step', 'epoch', 'loss', 'feature_std', 'lr', 'wd', 'momentum', 'images_per_s'}
+        assert set(line) == {'step', 'epoch', 'loss', 'feature_std', 'lr', 'wd', 'momentum', 'skipped',
+                             'images_per_s', 'data_wait'}
         assert all(math.isfinite(v) for v in line.values()) and line['epoch'] == line['step'] / 4
     stored = load_checkpoint(straight)['jepa']
     for name in ('context', 'target'):
@@ -354,45 +405,71 @@ def test_logged_loss_is_the_mean_since_the_last_line(flowers, tmp_path):
         assert m['loss'] == pytest.approx(sum(part) / len(part), rel=1e-6)
 
 
-def test_feature_std_tells_a_constant_target(flowers, tmp_path):
+def test_feature_std_tells_a_constant_target(flowers, tmp_path, figure):
     trainer = toy(flowers, out=str(tmp_path))
     _, now, target = trainer.train_step()
     alive = training.log(trainer, now, target, 1, 1.)['feature_std']
     trainer.jepa.target.forward = lambda images: torch.arange(32.).expand(len(images), 16, 32)
-    assert training.log(trainer, now, target, 1, 1.)['feature_std'] < 1e-6 < .1 < alive <= 1
+    constant = training.log(trainer, now, target, 1, 1.)['feature_std']
+    assert constant < 1e-6 < .1 < alive <= 1
+    figure('08 feature std: constant encoder, fresh encoder', f'{constant:.1e}, {alive:.2f}')
 
 
 # --- a loss that is no number
 
-def diverging(monkeypatch, first):
-    "From step `first` on, the loss is NaN and so are the weights, as after a real overflow."
+def diverging(monkeypatch, steps):
+    "In these steps a gradient is NaN, as after an overflow."
     real = Trainer.train_step
     def train_step(self):
-        loss, now, target = real(self)
-        if self.step < first: return loss, now, target
-        with torch.no_grad(): self.jepa.context.mask_token.fill_(math.nan)
-        return loss * math.nan, now, target
+        if self.step + 1 not in steps: return real(self)
+        handle = self.jepa.context.mask_token.register_hook(lambda g: g * math.nan)
+        try: return real(self)
+        finally: handle.remove()
     monkeypatch.setattr(Trainer, 'train_step', train_step)
 
 
 @pytest.mark.parametrize('log_every', [1, 100])
-def test_a_nan_loss_stops_the_run_and_keeps_the_checkpoint(place, tmp_path, monkeypatch, capsys, log_every):
-    diverging(monkeypatch, first=4)
+def test_a_nan_stops_the_run_and_keeps_the_checkpoint(place, tmp_path, monkeypatch, capsys, log_every, figure):
+    diverging(monkeypatch, steps=(4, 5))
     with pytest.raises(SystemExit) as end:
         main(command(tmp_path, 'run', '--data', f'folder:{place / "images"}', '--checkpoint-minutes', '0',
                      '--log-every', str(log_every)))
     assert end.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert 'nan' in last and 'step' in last and '--lr' in last
+    assert 'nan or infinite at step 4:' in last and '--lr' in last
     run = tmp_path / 'run'
     assert reached(run) == 3
     assert all(t.isfinite().all() for t in tensors(load_checkpoint(run)['jepa']))
     assert all(math.isfinite(m['loss']) for m in read_metrics(run))
+    figure(f'07 NaN in step 4, a line of metrics every {log_every} steps', 'stopped, step 4 named, checkpoint of step 3 kept')
+
+
+def test_a_nan_can_be_skipped_and_is_counted(place, tmp_path, monkeypatch):
+    diverging(monkeypatch, steps=(4, 5, 9))
+    main(command(tmp_path, 'run', '--data', f'folder:{place / "images"}', '--on-nan', 'skip'))
+    metrics = read_metrics(tmp_path / 'run')
+    assert [m['skipped'] for m in metrics] == [0, 1, 2, 2, 3, 3]  # steps 2, 4, …, 12
+    assert all(math.isfinite(m['loss']) for m in metrics)
+    state = load_checkpoint(tmp_path / 'run')
+    assert all(t.isfinite().all() for t in tensors(state))
+    assert {v['step'].item() for v in state['optimizer']['state'].values()} == {9}  # Adam has seen 12 - 3 steps
+
+
+@pytest.mark.parametrize('without', ['', 'optimizer'])
+def test_a_bad_step_leaves_weights_and_moments_as_they_were(flowers, monkeypatch, without):
+    trainer = toy(flowers, without=without, on_nan='skip')
+    diverging(monkeypatch, steps=(3,))
+    for step in (1, 2, 3, 4):
+        before = copy.deepcopy([trainer.jepa.context.state_dict(), trainer.opt.state_dict()['state']])
+        trainer.train_step()
+        after = [trainer.jepa.context.state_dict(), trainer.opt.state_dict()['state']]
+        same = all(torch.equal(a, b) for a, b in zip(tensors(before), tensors(after))) and bool(before[1])
+        assert same == (step == 3)
 
 
 def test_a_real_overflow_is_noticed(flowers, tmp_path):
     trainer = toy(flowers, lr=1e38, lr_start=1e38, warmup_epochs=0, log_every=1, out=str(tmp_path))
-    with pytest.raises(InputError, match=r'loss is (nan|inf)'): training.fit(trainer)
+    with pytest.raises(InputError, match=r'nan or infinite at step'): training.fit(trainer)
     assert trainer.step < 12 and not (tmp_path / 'checkpoint.pt').exists()
 
 
@@ -408,22 +485,6 @@ def test_a_step_in_bfloat16_is_finite_and_keeps_weights_in_32_bits(flowers):
 
 # --- files are replaced whole
 
-def test_a_write_that_fails_leaves_the_old_checkpoint(flowers, tmp_path, monkeypatch):
-    trainer = toy(flowers, out=str(tmp_path))
-    save(trainer)
-    before = (tmp_path / 'checkpoint.pt').read_bytes()
-    steps(trainer, 1)
-    def cut(state, part):
-        Path(part).write_bytes(before[:len(before) // 2])
-        raise OSError('no space left on device')
-    with monkeypatch.context() as m:
-        m.setattr(torch, 'save', cut)
-        with pytest.raises(OSError): save(trainer)
-    assert (tmp_path / 'checkpoint.pt').read_bytes() == before and load_checkpoint(tmp_path)['step'] == 0
-    save(trainer)
-    assert load_checkpoint(tmp_path)['step'] == 1 and not list(tmp_path.rglob('*.part'))
-
-
 def test_encoders_that_are_cut_while_saved_leave_the_old_ones(flowers, tmp_path, monkeypatch):
     trainer = toy(flowers, out=str(tmp_path))
     save(trainer)
@@ -434,19 +495,10 @@ def test_encoders_that_are_cut_while_saved_leave_the_old_ones(flowers, tmp_path,
         raise OSError('no space left on device')
     with monkeypatch.context() as m:
         m.setattr(Encoder, 'save_pretrained', cut)
-        with pytest.raises(OSError): save(trainer)
+        with pytest.raises(InputError, match='context could not be written'): save(trainer)
     for name in ('context', 'target'): Encoder.from_pretrained(tmp_path / name)
     save(trainer)
     assert not list(tmp_path.rglob('*.part'))
-
-
-@pytest.mark.parametrize('damage', ['truncated', 'empty', "flipped", 'text'])
-def test_a_damaged_checkpoint_is_an_error_with_its_name(straight, tmp_path, damage):
-    good = (straight / 'checkpoint.pt').read_bytes()
-    i = len(good) // 2
-    (tmp_path / 'checkpoint.pt').write_bytes(dict(truncated=good[:i], empty=b'', text=b'not a checkpoint',
-                                                  flipped=good[:i] + bytes([good[i] ^ 255]) + good[i + 1:])[damage])
-    with pytest.raises(InputError, match=r'checkpoint\.pt is damaged'): load_checkpoint(tmp_path)
 
 
 # --- another device
@@ -459,3 +511,10 @@ def test_a_run_begun_on_a_cpu_goes_on_on_a_gpu(flowers, amp):
     steps(first, 2)
     set_state(second, copy.deepcopy(get_state(first)))
     assert math.isfinite(steps(second, 1)[0]) and second.step == 3
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    from scott.runs import describe_machine
+    record = dict(command='python tests/test_training.py', machine=describe_machine(torch.device('cpu')))
+    GOLDEN.write_text(json.dumps({**record, 'losses': golden_losses()}, indent=1) + '\n')
