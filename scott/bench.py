@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['wait_for', 'product_rate', 'step_flop', 'reset_peak', 'peak_memory', 'time_steps', 'take_turns', 'Bench', 'config_of',
-           'drawn', 'climb', 'point', 'grow', 'measure', 'table', 'main']
+           'drawn', 'point', 'alone', 'climb', 'grow', 'measure', 'table', 'main']
 
 # %% ../nbs/43_bench.ipynb #72b9e94f
 import json
@@ -89,10 +89,14 @@ def take_turns(
     steps: int,  # of each in a round
     rounds: int = 3,
 ) -> dict:  # name -> the fastest round's `time_steps`
-    "Warm each up with a round of two steps, then let them take turns."
-    for trainer in trainers.values(): time_steps(trainer, 2)
-    times = [{name: time_steps(trainer, steps) for name, trainer in trainers.items()} for _ in range(rounds)]
-    return {name: min((t[name] for t in times), key=lambda t: t['step_s']) for name in trainers}
+    "Each turn begins with two steps that don't count, and ends with its worker processes stopped."
+    times = {name: [] for name in trainers}
+    for _ in range(rounds):
+        for name, trainer in trainers.items():
+            time_steps(trainer, 2)
+            times[name].append(time_steps(trainer, steps))
+            trainer.feed.loader = None
+    return {name: min(turns, key=lambda t: t['step_s']) for name, turns in times.items()}
 
 # %% ../nbs/43_bench.ipynb #34d7824d
 @dataclass
@@ -134,34 +138,30 @@ def drawn(
     return ImageSet(images, labels, torch.ones(n), [], 'petals', True, [])
 
 # %% ../nbs/43_bench.ipynb #1086a968
-def climb(bench, data):
+def point(bench, **changes):
+    "The engine with something changed, for `alone`."
+    cfg = config_of(bench, **changes)
+    trainer = Trainer(cfg, drawn(cfg, max(bench.images, cfg.batch_size)))
+    times = take_turns({'t': trainer}, bench.steps, rounds=2)['t']
+    return dict(times, images_per_s=cfg.batch_size / times['step_s'], gflop=step_flop(cfg) / 1e9)
+
+def alone(bench, **changes):
+    "`point` in a process of its own: its memory, its compiler, nothing left over from the point before."
+    with get_context('spawn').Pool(1) as pool: return pool.apply(point, (bench,), changes)
+
+def climb(bench):
     "The ladder: [{lever, step_s, …}], the first without any lever."
-    names, rungs = [n for n in LEVERS if n != 'cache'], []  # petals are bytes in memory already
+    names = [n for n in LEVERS if n != 'cache']  # petals are bytes in memory already
     if pick_device(bench.device)[0].type == 'cpu': names = [n for n in names if n not in ('queue', 'compile', 'graphs')]
     else: names = [n for n in names if n not in ('dropout', 'memory')] + ['cache']
-    for k in range(len(names) + 1):
-        off = ','.join(set(LEVERS) - set(names[:k]))
-        trainer = Trainer(config_of(bench, without=off), data)
-        times = take_turns({'t': trainer}, bench.steps, rounds=2)['t']
-        rungs.append(dict(lever=names[k - 1] if k else 'none', **times))
-    return rungs
-
-def point(bench, name, value):
-    "The engine with one size changed."
-    cfg = config_of(bench, **{name: value})
-    times = take_turns({'t': Trainer(cfg, drawn(cfg, max(cfg.batch_size, 64)))}, bench.steps, rounds=2)['t']
-    return dict(varied=name, value=value, images_per_s=cfg.batch_size / times['step_s'],
-                gflop=step_flop(cfg) / 1e9, peak_mb=times['peak_mb'])
+    offs = [','.join(set(LEVERS) - set(names[:k])) for k in range(len(names) + 1)]
+    return [dict(lever=lever, **alone(bench, without=off)) for lever, off in zip(['none', *names], offs)]
 
 def grow(bench):
-    "The sweep: other batches, sizes and depths, one changed at a time, each in a process of its own (for its memory)."
-    batch = config_of(bench).batch_size
-    grid = dict(batch_size=[batch // 4, batch // 2, batch, 2 * batch], img_size=[64, 112, 160, 224], depth=[3, 7, 12])
-    points = []
-    for name, values in grid.items():
-        for value in values:
-            with get_context('spawn').Pool(1) as pool: points.append(pool.apply(point, (bench, name, value)))
-    return points
+    "The sweep: other batches, sizes and depths, one changed at a time."
+    b = config_of(bench).batch_size
+    grid = dict(batch_size=[max(b // 4, 1), max(b // 2, 1), b, 2 * b], img_size=[64, 112, 160, 224], depth=[3, 7, 12])
+    return [dict(varied=name, value=v, **alone(bench, **{name: v})) for name, values in grid.items() for v in values]
 
 # %% ../nbs/43_bench.ipynb #65224fbb
 def measure(
@@ -179,7 +179,7 @@ def measure(
         report[name] = dict(images_per_s=cfg.batch_size / t['step_s'], **t, gflop_per_s=flop / t['step_s'] / 1e9,
                             share_of_product=flop / t['step_s'] / ceiling)
     report['ratio'] = report['engine']['images_per_s'] / report['baseline']['images_per_s']
-    if bench.ladder: report['ladder'] = climb(bench, data)
+    if bench.ladder: report['ladder'] = climb(bench)
     if bench.sweep: report['sweep'] = grow(bench)
     return report
 

@@ -92,8 +92,9 @@ class PlainViews(torch.utils.data.Dataset):
     def __init__(self,
         files: list,  # encoded pictures
         size: int,  # side of the views in pixels
-        color: float = .6):  # probability that a view's colors are changed at all
-        self.files = files
+        color: float = .6,  # probability that a view's colors are changed at all
+        aspects: list | None = None):  # width / height of the originals, if the files hold them squashed to a square
+        self.files, self.aspects = files, aspects
         self.crop = T.Compose([T.RandomResizedCrop(size, (.2, 1.), interpolation=T.InterpolationMode.BICUBIC),
                                T.RandomHorizontalFlip()])
         changes = T.RandomOrder([T.RandomApply([T.ColorJitter(.4, .4, .2, .1)], .8), T.RandomGrayscale(.1),
@@ -106,7 +107,10 @@ class PlainViews(torch.utils.data.Dataset):
         row, seed = key
         torch.manual_seed(seed)
         random.seed(seed)
-        picture = self.crop(Image.open(io.BytesIO(self.files[row])).convert('RGB'))
+        picture = Image.open(io.BytesIO(self.files[row])).convert('RGB')
+        if self.aspects and self.aspects[row] != 1:
+            picture = picture.resize((round(picture.height * self.aspects[row]), picture.height), Image.BICUBIC)
+        picture = self.crop(picture)
         return self.view(picture), self.view(picture)
 
 # %% ../nbs/28_plain.ipynb #31f26109

@@ -17,6 +17,7 @@ import shlex
 import shutil
 import signal
 import threading
+import time
 import zipfile
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
@@ -47,7 +48,6 @@ def writing(path: Path):  # the file or folder to be replaced
                          'make room, or name another place') from e
     finally:
         with suppress(OSError): remove(part)
-
 
 def remove(path: Path):  # a file or a folder; it may be missing
     "Remove a file, or a folder with all it holds."
@@ -168,10 +168,11 @@ class StopSignal:
 
     def handle(self, number, frame):
         "Write down the first signal; leave at the second."
+        if self.name and time.monotonic() - self.at < .2: return  # the same one, passed on by the parent process too
         if self.name: os._exit(128 + number)
-        self.name, self.code = signal.Signals(number).name, 128 + number
-        with suppress(OSError):  # the terminal may be gone
-            os.write(2, f'\n{self.name}: saving a checkpoint; once more to leave at once\n'.encode())
+        self.name, self.code, self.at = signal.Signals(number).name, 128 + number, time.monotonic()
+        said = f'\n{self.name}: saving a checkpoint; once more to leave at once\n'
+        with suppress(OSError): os.write(2, said.encode())
 
     def __exit__(self, *error):
         for number, handler in self.former.items(): signal.signal(number, handler or signal.SIG_DFL)
@@ -217,8 +218,7 @@ def plot_curves(
     fig = Figure(figsize=(10, 2.8), layout='constrained')
     for ax, (key, title) in zip(fig.subplots(1, 3), panels):
         ax.plot([m['step'] for m in metrics], [m[key] for m in metrics], lw=1.2)
-        ax.set(title=title, xlabel='step', ylim=(0, None))
-        ax.grid(alpha=.3)
+        ax.set(title=title, xlabel='step', ylim=(0, None)); ax.grid(alpha=.3)
     return fig
 
 # %% ../nbs/27_runs.ipynb #aa887393

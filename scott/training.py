@@ -7,12 +7,11 @@ __all__ = ['Trainer', 'update', 'get_state', 'set_state', 'check', 'save', 'log'
            'main']
 
 # %% ../nbs/23_training.ipynb #339e20f5
-import contextlib
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,11 +22,11 @@ from .config import Config, build, draw_masks, identity, levers_on, make_config,
 from .data import ImageSet, InputError, load
 from .jepa import hidden_smooth_l1
 from .kernels import keep_freed_memory
-from .parallel import Feed, Group, Student, compiler, stream
+from .parallel import Feed, Group, Student, compiler, launch_of, quiet, stream
 from .plain import plain_ema, pull_levers
 from .runs import (StopSignal, clear_parts, describe_machine, load_checkpoint, pick_device, plot_curves,
                         read_metrics, save_encoder, write_atomic, write_checkpoint)
-from .schedule import make_optimizer, set_schedules
+from .schedule import load_optimizer, make_optimizer, set_schedules
 
 # %% ../nbs/23_training.ipynb #779e5e52
 class Trainer:
@@ -37,23 +36,21 @@ class Trainer:
         self.cfg, self.data, self.group, self.run, self.step = cfg, data, group or Group(), Path(cfg.out), 0
         self.on = on = levers_on(cfg)
         self.device, self.dtype = pick_device(cfg.device, cfg.amp if 'amp' in on else 'off')
+        low = self.dtype or torch.bfloat16  # not used unless enabled
+        self.autocast = partial(torch.autocast, self.device.type, low, enabled=self.dtype is not None)
         if self.device.type == 'cpu' and 'memory' in on: keep_freed_memory()
         layout = torch.channels_last if 'channels_last' in on else torch.contiguous_format
         self.jepa = build(cfg).to(self.device, memory_format=layout).train()
         pull_levers(self.jepa, on)
         self.feed = Feed(cfg, data, self.jepa.context.grid, self.device, on, self.group)
         self.per_epoch = self.feed.per_epoch
-        compiled = compiler(self.device, on, self.group)
+        compiled = compiler(self.device, on, self.group, cfg.accumulate)
         self.targets = compiled(self.jepa.targets)
         self.student = self.group.wrap(compiled(Student(self.jepa)))
         self.opt = make_optimizer(self.jepa, fused='optimizer' in on)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.loss_sum = torch.zeros((), device=self.device)  # of good steps since the last line of metrics
         self.bad = torch.zeros(3, dtype=torch.int64, device=self.device)  # bad steps: all, since the line, the first
-
-    def autocast(self):
-        "Low precision where the device profits from it."
-        return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
 
     def train_step(self):
         "One optimizer step; returns the loss (a tensor on the device), the schedules' values and a target view."
@@ -62,7 +59,7 @@ class Trainer:
         torch.manual_seed(stream(self.cfg.seed, 'dropout', self.step, self.group.rank))
         loss, n = torch.zeros((), device=self.device), self.cfg.accumulate
         for i, (context, target, keep) in enumerate(self.feed.micro_batches(self.step), 1):
-            with self.group.quiet(self.student, last=i == n):
+            with quiet(self.student, last=i == n):
                 with self.autocast():
                     part = hidden_smooth_l1(self.student(context, keep), self.targets(target), keep) / n
                 self.scaler.scale(part).backward()
@@ -80,7 +77,8 @@ def update(
     opt, scaler, on = trainer.opt, trainer.scaler, trainer.on
     grads = [p.grad for g in opt.param_groups for p in g['params']]
     total = loss if scaler.is_enabled() else loss + nn.utils.get_total_norm(grads)  # scaled ones may overflow
-    bad = trainer.group.mean((~total.isfinite()).float())
+    bad, loss = trainer.group.mean(torch.stack([(~total.isfinite()).float(), loss])).unbind()  # over all processes
+    bad = (bad > 0).float()  # 0 or 1
     if scaler.is_enabled() or 'optimizer' in on:
         if not scaler.is_enabled(): opt.found_inf = bad
         scaler.step(opt)
@@ -89,7 +87,7 @@ def update(
     opt.zero_grad(set_to_none=True)
     if 'ema' in on: trainer.jepa.update_target(now['momentum'])
     else: plain_ema(trainer.jepa.target, trainer.jepa.context, now['momentum'])
-    bad = (bad > 0).long()
+    bad = bad.long()
     trainer.loss_sum += torch.where(bad > 0, 0., loss)
     trainer.bad[:2] += bad
     trainer.bad[2] += bad * (trainer.bad[0] == 1) * trainer.step
@@ -116,9 +114,10 @@ def set_state(
                          'Restore both, or start a new run')
     trainer.step = state['step']
     trainer.jepa.load_state_dict(state['jepa'])
-    trainer.opt.load_state_dict(state['optimizer'])
+    load_optimizer(trainer.opt, state['optimizer'])
     if state['scaler']: trainer.scaler.load_state_dict(state['scaler'])  # empty if the run did not scale so far
     trainer.loss_sum, trainer.bad = (state[k].to(trainer.device) for k in ('loss_sum', 'bad'))
+    if trainer.cfg.on_nan == 'stop': trainer.bad.zero_()  # steps that were skipped before, as asked for then
 
 # %% ../nbs/23_training.ipynb #05e488eb
 def check(trainer: Trainer):
@@ -126,7 +125,8 @@ def check(trainer: Trainer):
     count, _, first = trainer.bad.tolist()
     if count and trainer.cfg.on_nan == 'stop':
         raise InputError(f'loss or gradient was nan or infinite at step {first}: that step was not made, and the last '
-                         f'checkpoint in {trainer.run} is from before it; lower --lr, use --amp off, or --on-nan skip')
+                         f'checkpoint in {trainer.run} is from before it; go on with --resume --without amp, or with '
+                         '--resume --on-nan skip, or start anew with a lower --lr')
 
 def save(trainer: Trainer):
     "Checkpoint, both encoders and the curves into the run folder."
@@ -142,16 +142,19 @@ def log(
     now: dict,  # the schedules' values
     target: Tensor,  # the last target view (b, 3, H, W)
     steps: int,  # since the last line
-    seconds: float,  # they took
+    seconds: float,  # of this process since then
+    made: float = 1.,  # share of these steps that it made itself
 ) -> dict:
     "Append a line to metrics.jsonl."
     check(trainer)
     skipped, since, _ = trainer.bad.tolist()
-    loss = trainer.group.mean(trainer.loss_sum).item() / max(steps - since, 1)
+    if trainer.scaler.is_enabled() and trainer.scaler.get_scale() < 1:
+        raise InputError(f'gradients have overflowed 16 bits again and again before step {trainer.step}: use --amp off')
+    loss = trainer.loss_sum.item() / max(steps - since, 1)
     with trainer.autocast(): features = trainer.jepa.targets(target)  # b n d
     line = dict(step=trainer.step, epoch=trainer.step / trainer.per_epoch, loss=loss,
                 feature_std=features.flatten(0, 1).std(0).mean().item(), **now, skipped=skipped,
-                images_per_s=steps * trainer.cfg.batch_size / seconds, data_wait=trainer.feed.waited / seconds)
+                images_per_s=steps * made * trainer.cfg.batch_size / seconds, data_wait=trainer.feed.waited / seconds)
     trainer.loss_sum.zero_()
     trainer.bad[1], trainer.feed.waited = 0, 0.
     if trainer.group.rank == 0:
@@ -167,20 +170,22 @@ def fit(
     logged = saved = time.monotonic()
     last = trainer.step - trainer.step % cfg.log_every
     begun = trainer.step
-    bar = tqdm(total=total, initial=trainer.step, unit='step', mininterval=1, disable=not first)
+    bar, leave = tqdm(total=total, initial=trainer.step, unit='step', mininterval=1, disable=not first), False
     with StopSignal() as stop, bar:
-        while trainer.step < total and not (first and stop.name):
+        while trainer.step < total and not leave:
             _, now, target = trainer.train_step()
             bar.update()
-            if trainer.step % cfg.log_every == 0 or trainer.step == total:
-                share = (trainer.step - last) / (trainer.step - max(begun, last))  # steps before a resume took no time
-                line = log(trainer, now, target, trainer.step - last, (time.monotonic() - logged) * share)
+            lines = trainer.step % cfg.log_every == 0 or trainer.step == total
+            if lines:
+                made = (trainer.step - max(begun, last)) / (trainer.step - last)  # the rest was before a resume
+                line = log(trainer, now, target, trainer.step - last, time.monotonic() - logged, made)
                 logged, last = time.monotonic(), trainer.step
                 bar.set_postfix_str('loss {loss:.3f}, std {feature_std:.2f}, {images_per_s:.0f} img/s'.format(**line))
+            if lines or trainer.group.world == 1: leave = trainer.group.any(stop.name)  # all stop at the same step
             if first and time.monotonic() - saved > 60 * cfg.checkpoint_minutes:
                 save(trainer)
                 saved = time.monotonic()
-    if first: save(trainer)
+        if first: save(trainer)
     return stop
 
 # %% ../nbs/23_training.ipynb #4dd7dba8
@@ -189,7 +194,7 @@ def prepare(
     group: Group,
 ) -> tuple:  # (Trainer, the state to go on from or None)
     "Check everything that can be refused, then load the images; process 0 comes first, the others find its cache."
-    run, again = Path(cfg.out), group.restarts > 0 and (Path(cfg.out) / 'config.json').exists()
+    run, again = Path(cfg.out), group.restarts > 0 and launch_of(cfg.out) == group.launch
     if not cfg.resume and not again and run.exists() and (run.is_file() or any(run.iterdir())):
         raise InputError(f'{run} exists: add --resume to go on with it, or name another --out')
     state = load_checkpoint(run) if cfg.resume or again and (run / 'checkpoint.pt').exists() else None
@@ -216,7 +221,7 @@ def open_run(
         except OSError as e: raise InputError(f'{run}: {e.strerror}: name another --out') from e
         facts = dict(images=len(trainer.data.images), contains_test_images=trainer.data.has_test,
                      skipped_images=trainer.data.skipped, machine=describe_machine(trainer.device),
-                     processes=trainer.group.world, autocast=str(trainer.dtype))
+                     processes=trainer.group.world, launch=trainer.group.launch, autocast=str(trainer.dtype))
         write_atomic(run / 'config.json', lambda part: part.write_text(json.dumps({**asdict(cfg), **facts}, indent=1)))
     clear_parts(run)
     kept = [m for m in read_metrics(run) if m['step'] <= trainer.step]
@@ -229,9 +234,9 @@ def pretrain(cfg: Config) -> Path:  # the run folder
     open_run(trainer, state)
     stop = fit(trainer)
     group.leave()
-    if stop.name:
-        print(f'{stop.name} after step {trainer.step:,}: saved in {cfg.out}; add --resume to go on', file=sys.stderr)
-        sys.exit(stop.code)
+    said = f'{stop.name} after step {trainer.step:,}: saved in {cfg.out}; add --resume to go on'
+    if group.rank == 0: print(said if stop.name else f'done: {cfg.out}', file=sys.stderr if stop.name else sys.stdout)
+    if stop.name: sys.exit(stop.code)
     return trainer.run
 
 # %% ../nbs/23_training.ipynb #748e344c
@@ -239,10 +244,7 @@ def main(
     argv: list | None = None,  # the words after `scott_pretrain`; None = sys.argv
 ):
     "The command `scott_pretrain`."
-    def go():
-        run = pretrain(make_config(argv))
-        if os.environ.get('RANK', '0') == '0': print(f'done: {run}')
-    run_cli(go, 'scott_pretrain')
+    run_cli(lambda: pretrain(make_config(argv)), 'scott_pretrain')
 
 # %% ../nbs/23_training.ipynb #f2379f6c
 if __name__ == '__main__' and '__file__' in globals(): main()  # python -m scott.training; a notebook has no __file__

@@ -89,13 +89,14 @@ def test_flipped_bits_are_refused_or_without_effect(tmp_path, figure):
            f'{len(positions)} places: {refused} refused, {harmless} without effect (padding), 0 loaded otherwise')
 
 
-def test_truncated_files_are_refused(tmp_path):
+def test_truncated_files_are_refused(tmp_path, figure):
     path = tmp_path / 'checkpoint.pt'
     write_checkpoint(tmp_path, state_of(1))
     whole = path.read_bytes()
     for length in (0, 1, 100, len(whole) // 3, len(whole) // 2, len(whole) - 22, len(whole) - 1):
         path.write_bytes(whole[:length])
         with pytest.raises(InputError, match=r'checkpoint\.pt is damaged'): load_checkpoint(tmp_path)
+    figure('03 a checkpoint cut short', '7/7 lengths refused')
 
 
 def renamed(state):
@@ -220,12 +221,13 @@ assert load_checkpoint(run)['step'] == 3
 print(json.dumps(said))
 '''
 
-def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
+def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path, figure):
     said = script(FULL, tmp_path)
     assert len(said) == 15
     for line in said:
         assert line.startswith(f'{tmp_path / "checkpoint.pt"} could not be written') and '\n' not in line
         assert 'there is no room' in line and 'the previous file is intact' in line
+    figure('02 a full disk: 15 writes cut by the system', '15/15 one line of error, the checkpoint before it loads')
 
 
 @pytest.mark.parametrize('number', [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
@@ -376,7 +378,7 @@ def test_elsewhere_than_in_the_main_thread_nothing_happens():
 
 
 STOPPED = '''
-import json, os, signal, sys
+import json, os, signal, sys, time
 from scott.runs import StopSignal
 codes = []
 for numbers in ((15, 15), (2, 2), (15, 2), (2,)):
@@ -384,7 +386,9 @@ for numbers in ((15, 15), (2, 2), (15, 2), (2,)):
     if not child:
         try:
             with StopSignal() as stop:
-                for number in numbers: signal.raise_signal(number)
+                for number in numbers:
+                    signal.raise_signal(number)
+                    time.sleep(.3)
             os._exit(stop.code - 100)
         finally: os._exit(99)
     codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
