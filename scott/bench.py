@@ -9,6 +9,7 @@ __all__ = ['wait_for', 'product_rate', 'step_flop', 'reset_peak', 'peak_memory',
 # %% ../nbs/43_bench.ipynb #72b9e94f
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -147,7 +148,7 @@ def point(bench, **changes):
 
 def alone(bench, **changes):
     "`point` in a process of its own: its memory, its compiler, nothing left over from the point before."
-    with get_context('spawn').Pool(1) as pool: return pool.apply(point, (bench,), changes)
+    with ProcessPoolExecutor(1, get_context('spawn')) as pool: return pool.submit(point, bench, **changes).result()
 
 def climb(bench):
     "The ladder: [{lever, step_s, …}], the first without any lever."

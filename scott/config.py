@@ -93,7 +93,7 @@ LEVERS = dict(
     queue='the loss is read every few steps; off: in every step, and the GPU waits',
     memory='freed memory is kept for the next step (Linux, CPU); off: it goes back to the system',
     compile='torch.compile on a GPU from capability 8; off: operation by operation',
-    graphs='the compiled step is replayed as CUDA graphs (one GPU); off: launched kernel by kernel',
+    graphs='compiled parts are replayed as CUDA graphs (one GPU, no micro-batches); off: kernel by kernel',
 )
 
 def levers_on(
