@@ -235,7 +235,7 @@ def pretrain(cfg: Config) -> Path:  # the run folder
     stop = fit(trainer)
     group.leave()
     said = f'{stop.name} after step {trainer.step:,}: saved in {cfg.out}; add --resume to go on'
-    if group.rank == 0: print(said if stop.name else f'done: {cfg.out}', file=sys.stderr if stop.name else sys.stdout)
+    if stop.name and group.rank == 0: print(said, file=sys.stderr)
     if stop.name: sys.exit(stop.code)
     return trainer.run
 
@@ -244,7 +244,7 @@ def main(
     argv: list | None = None,  # the words after `scott_pretrain`; None = sys.argv
 ):
     "The command `scott_pretrain`."
-    run_cli(lambda: pretrain(make_config(argv)), 'scott_pretrain')
+    run_cli(lambda: print(f'done: {pretrain(make_config(argv))}'), 'scott_pretrain')
 
 # %% ../nbs/23_training.ipynb #f2379f6c
 if __name__ == '__main__' and '__file__' in globals(): main()  # python -m scott.training; a notebook has no __file__
