@@ -215,7 +215,8 @@ def main(
     "The command `scott_bench`."
     def go():
         bench = parse_args(Bench, argv, 'scott_bench')
-        if min(bench.images, bench.steps) < 1: raise InputError('--images and --steps must be at least 1')
+        if min(bench.images, bench.steps) < 1:
+            raise InputError(f'--images {bench.images}, --steps {bench.steps}: both must be at least 1')
         if bench.json and not Path(bench.json).parent.is_dir():
             raise InputError(f'--json {bench.json}: no folder {Path(bench.json).parent}; make it, or name another')
         report = measure(bench)

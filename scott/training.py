@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .config import Config, build, draw_masks, identity, levers_on, make_config, run_cli
+from .config import Config, build, identity, levers_on, make_config, run_cli
 from .data import ImageSet, InputError, load
 from .jepa import hidden_smooth_l1
 from .kernels import keep_freed_memory
@@ -107,8 +107,7 @@ def set_state(
     "Put a run back to where `get_state` found it. InputError if the state is of another run: it names what differs."
     if 'identity' not in state: raise InputError(f'{trainer.run / "checkpoint.pt"} was not written by scott_pretrain')
     there, whose = state['identity'], identity(trainer.cfg, len(trainer.data.images))
-    differs = [f'{k} is {there.get(k)!r} there and {v!r} here'
-               for k, v in whose.items() if there.get(k) != v]
+    differs = [f'{k} is {there.get(k)!r} there and {v!r} here' for k, v in whose.items() if there.get(k) != v]
     if differs:
         raise InputError(f'{trainer.run / "checkpoint.pt"} is of another run: {"; ".join(differs)}. '
                          'Restore both, or start a new run')
@@ -132,6 +131,8 @@ def save(trainer: Trainer):
     "Checkpoint, both encoders and the curves into the run folder."
     check(trainer)
     run = trainer.run
+    if not all(p.isfinite().all() for p in trainer.jepa.parameters()):
+        raise InputError(f'weights are nan or infinite at step {trainer.step}, not saved in {run}: lower --lr')
     write_checkpoint(run, get_state(trainer), trainer.cfg.keep_checkpoints)
     for name in ('context', 'target'): save_encoder(getattr(trainer.jepa, name), run / name)
     metrics = read_metrics(run)
@@ -168,8 +169,7 @@ def fit(
     "Steps until the last epoch is over, a line of metrics every `log_every`, a checkpoint every few minutes."
     cfg, total, first = trainer.cfg, trainer.cfg.epochs * trainer.per_epoch, trainer.group.rank == 0
     logged = saved = time.monotonic()
-    last = trainer.step - trainer.step % cfg.log_every
-    begun = trainer.step
+    begun, last = trainer.step, trainer.step - trainer.step % cfg.log_every
     bar, leave = tqdm(total=total, initial=trainer.step, unit='step', mininterval=1, disable=not first), False
     with StopSignal() as stop, bar:
         while trainer.step < total and not leave:

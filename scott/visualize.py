@@ -19,11 +19,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .augment import eval_view
-from .config import Config, opt, parse_args, read_config, run_cli
+from .config import Config, build, draw_masks, opt, parse_args, read_config, run_cli
 from .data import InputError, load
 from .encoder import Encoder, patch_grid
 from .runs import load_encoder, write_atomic
-from .training import build, draw_masks
 
 # %% ../nbs/32_visualize.ipynb #d141f8fa
 @torch.inference_mode()

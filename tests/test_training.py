@@ -474,6 +474,15 @@ def test_a_real_overflow_is_noticed(flowers, tmp_path):
     assert trainer.step < 12 and not (tmp_path / 'checkpoint.pt').exists()
 
 
+def test_weights_that_are_no_numbers_are_not_saved(flowers, tmp_path):
+    trainer = toy(flowers, out=str(tmp_path))
+    save(trainer)
+    steps(trainer, 1)
+    with torch.no_grad(): trainer.jepa.context.mask_token.fill_(math.inf)
+    with pytest.raises(InputError, match='weights are nan or infinite at step 1'): save(trainer)
+    assert load_checkpoint(tmp_path)['step'] == 0
+
+
 # --- low precision
 
 def test_a_step_in_bfloat16_is_finite_and_keeps_weights_in_32_bits(flowers):
