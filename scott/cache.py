@@ -106,12 +106,13 @@ def write_cache(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = np.lib.format.open_memmap(part, 'w+', np.uint8, (len(paths), 3, size, size))
+        if hasattr(os, 'posix_fallocate'):      # take the room now: a mapped file on a full disk kills the process
+            with open(part, 'r+b') as f: os.posix_fallocate(f.fileno(), 0, part.stat().st_size)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(tqdm(pool.map(one, range(len(paths))), label, len(paths), disable=None, unit='image'))
         good = [i for i, a in enumerate(aspect) if a]
         for new, old in enumerate(good):
-            if new != old:
-                pixels[new] = pixels[old]
+            if new != old: pixels[new] = pixels[old]
         note = dict(aspect=[aspect[i] for i in good], skipped=dict(sorted(broken.items())),
                     crc32=zlib.crc32(pixels[:len(good)].reshape(-1)))
         pixels.flush()

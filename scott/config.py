@@ -113,8 +113,7 @@ class Config:
     preset: str = opt('paper', 'starting point for every other flag: demo, colab, small or paper')
     data: str = opt('flowers102', 'petals, flowers102, pets37, imagenet100 or folder:PATH')
     data_root: str = opt(None, 'folder of the data sets (default: $SCOTT_DATA, else ~/.cache/scott)', str)
-    ssl_split: str = opt('all', 'images to learn from: all includes the test images (without labels), as in the paper',
-                         choices=('train', 'all'))
+    ssl_split: str = opt('all', 'all: the test images too, without labels, as in the paper', choices=('train', 'all'))
     on_bad_image: str = opt('fail', 'a broken image stops the run, or is skipped and counted', choices=('fail', 'skip'))
     img_size: int = opt(224, 'side of the views in pixels, a multiple of 16')
     tokenizer: str = opt('sparse', "SCOTT's convolutions, or the ViT's patch embedding", choices=('sparse', 'patch'))
@@ -147,6 +146,7 @@ class Config:
     without: str = opt('', 'levers to switch off: some of ' + ','.join(LEVERS) + ', or all')
     on_nan: str = opt('stop', 'at a step whose loss or gradient is nan or infinite', choices=('stop', 'skip'))
     log_every: int = opt(20, 'steps between two lines of metrics.jsonl')
+    knn_every: int = opt(5, 'epochs between two quick k-NN looks at the features, if there are labels; 0 = none')
     checkpoint_minutes: float = opt(5., 'minutes between two checkpoints')
     keep_checkpoints: int = opt(2, 'checkpoints that are kept, the newest included')
     out: str = opt(None, 'run folder to write', str)
@@ -160,8 +160,8 @@ PRESETS = dict(
     demo=dict(data='petals', img_size=64, depth=3, predictor_depth=2, embed_dim=96, drop_rate=0., attn_drop_rate=0.,
               drop_path_rate=0., lr=1e-3, epochs=6, warmup_epochs=1, batch_size=16),
 )
-FREE = {'data_root', 'device', 'accumulate', 'without', 'on_nan', 'checkpoint_minutes', 'keep_checkpoints', 'out',
-        'resume'}  # may differ when a run goes on
+FREE = {'data_root', 'device', 'accumulate', 'without', 'on_nan', 'knn_every', 'checkpoint_minutes',
+        'keep_checkpoints', 'out', 'resume'}  # may differ when a run goes on
 
 # %% ../nbs/26_config.ipynb #0d6af598
 def identity(
@@ -205,7 +205,7 @@ def check_ranges(
 ) -> Config:  # the same
     "Refuse numbers that no run can use, by the name of their flag."
     ones = 'embed_dim depth num_heads predictor_depth epochs batch_size accumulate log_every keep_checkpoints'.split()
-    zeros = ('reg_tokens lr lr_start lr_final warmup_epochs weight_decay weight_decay_final seed '
+    zeros = ('reg_tokens lr lr_start lr_final warmup_epochs weight_decay weight_decay_final seed knn_every '
              'checkpoint_minutes').split()
     shares = 'drop_rate attn_drop_rate drop_path_rate flat momentum momentum_final'.split()
     for names, low, high in ((ones, 1, float('inf')), (zeros, 0, float('inf')), (shares, 0, 1)):

@@ -7,7 +7,7 @@ __all__ = ['LISTS', 'SUFFIXES', 'InputError', 'ImageSet', 'Files', 'fetch', 'flo
            'folder_files', 'find_files', 'report_broken', 'petals_set', 'load']
 
 # %% ../nbs/20_data.ipynb #3d156763
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 import json
@@ -36,6 +36,7 @@ class ImageSet:
     name: str              # 'flowers102'
     has_test: bool         # True if it contains images of the test split
     skipped: list          # names of the broken images left out (only with on_bad_image='skip')
+    names: list = field(default_factory=list)   # one for each image, or empty if they have none
 
     def __len__(self): return len(self.images)
 
@@ -191,7 +192,8 @@ def petals_set(split, size, fit):
     if fit == 'center':
         images = TF.center_crop(images, size)
     aspect = torch.ones(len(labels[part]))
-    return ImageSet(images[part], labels[part], aspect, petal_names(), 'petals', split != 'train', [])
+    return ImageSet(images[part], labels[part], aspect, petal_names(), 'petals', split != 'train', [],
+                    [f'petal {i}' for i in range(4000)[part]])
 
 # %% ../nbs/20_data.ipynb #df0f95f3
 def load(
@@ -221,6 +223,7 @@ def load(
     except OSError as e:
         raise InputError(f'cache {cache}: {e}; name a folder with room for it in $SCOTT_CACHE') from e
     report_broken(files, broken, on_bad_image)
-    labels = [c for p, c in zip(files.paths, files.labels) if str(p) not in broken]
+    good = [(str(p), c) for p, c in zip(files.paths, files.labels) if str(p) not in broken]
+    names, labels = map(list, zip(*good))
     return ImageSet(images, torch.tensor(labels), torch.tensor(aspect, dtype=torch.float32), files.classes, files.name,
-                    files.has_test, list(broken))
+                    files.has_test, list(broken), names)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ROOM', 'writing', 'remove', 'write_atomic', 'clear_parts', 'digest', 'older_checkpoints', 'keep_present',
            'write_checkpoint', 'load_checkpoint', 'StopSignal', 'save_encoder', 'load_encoder', 'read_metrics',
-           'plot_curves', 'describe_machine', 'pick_device']
+           'describe_machine', 'pick_device']
 
 # %% ../nbs/27_runs.ipynb #916a3e02
 import errno
@@ -23,7 +23,6 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from safetensors import SafetensorError
 
 from . import __version__
@@ -208,18 +207,6 @@ def read_metrics(
     path = Path(run) / 'metrics.jsonl'
     whole = path.read_text().rpartition('\n')[0] if path.is_file() else ''  # without a last line that was cut
     return [json.loads(line) for line in whole.splitlines()]
-
-# %% ../nbs/27_runs.ipynb #ff9c8046
-def plot_curves(
-    metrics: list,  # from `read_metrics`
-) -> Figure:
-    "Loss, feature std and schedules against the step."
-    panels = [('loss', 'Smooth-L1 loss'), ('feature_std', 'std of target features'), ('lr', 'learning rate')]
-    fig = Figure(figsize=(10, 2.8), layout='constrained')
-    for ax, (key, title) in zip(fig.subplots(1, 3), panels):
-        ax.plot([m['step'] for m in metrics], [m[key] for m in metrics], lw=1.2)
-        ax.set(title=title, xlabel='step', ylim=(0, None)); ax.grid(alpha=.3)
-    return fig
 
 # %% ../nbs/27_runs.ipynb #aa887393
 def describe_machine(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = dict(scott_pretrain='scott.training', scott_probe='scott.probes', scott_visualize='scott.visualize',
+COMMANDS = dict(scott_pretrain='scott.training', scott_probe='scott.report', scott_visualize='scott.gallery',
                 scott_bench='scott.bench')
 TINY = ('--preset demo --img-size 32 --embed-dim 16 --depth 1 --predictor-depth 1 --batch-size 8 --epochs 1 '
         '--warmup-epochs 0 --device cpu --amp off --mask uniform').split()
@@ -159,7 +159,7 @@ def test_a_wrong_setting(refused, place, tmp_path, flags, words):
     ('--batch-size 0', ['batch']), ('--log-every 0', ['log']), ('--epochs 0', ['epochs']),
     ('--warmup-epochs 1', ['warmup']),  # as long as the run
     ('--flat 2', ['flat']), ('--momentum 2', ['momentum']), ('--depth -1', ['depth']),
-    ('--device banana', ['banana', 'cpu']), ('--lr -1', ['lr']),
+    ('--device banana', ['banana', 'cpu']), ('--lr -1', ['lr']), ('--knn-every -1', ['knn-every']),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_a_number_out_of_its_range(refused, place, tmp_path, flags, words):
     said = refused('scott_pretrain', *TINY, '--data', f'folder:{place / "images"}', '--out', tmp_path / 'new',
@@ -354,7 +354,7 @@ def test_the_real_command_refuses_an_existing_run(place):
     assert contents(place) == before
 
 
-@pytest.mark.parametrize('module', ['scott.training', 'scott.probes'])
+@pytest.mark.parametrize('module', ['scott.training', 'scott.report'])
 def test_the_real_command_refuses_a_path_that_is_not_there(place, tmp_path, module):
     pytest.importorskip(module)
     argv = ([*TINY, '--data', 'folder:/no/such/place', '--out', tmp_path / 'new'] if module == 'scott.training' else

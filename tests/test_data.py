@@ -361,3 +361,16 @@ def test_imagenet100_says_whose_list_it_is(tmp_path, capsys, monkeypatch):
     (home / 'val.X' / 'n00000000' / 'val.X.JPEG').unlink()
     with pytest.raises(InputError, match='found 99, expected 100'):
         module.find_files('imagenet100', 'test', tmp_path)
+
+
+def test_a_full_disk_is_found_before_pixels_are_written(photos, tmp_path, monkeypatch):
+    "A mapped file that finds no room kills the process; so the room is taken first, and a lack of it is one line."
+    def full(*_): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'posix_fallocate', full)
+    with pytest.raises(InputError, match='No space left on device; name a folder with room'):
+        load(f'folder:{photos}', size=16, cache=tmp_path / 'cache')
+    assert not list((tmp_path / 'cache').iterdir())
+    monkeypatch.undo()
+    load(f'folder:{photos}', size=16, cache=tmp_path / 'cache')
+    file, = (tmp_path / 'cache').glob('*.npy')
+    assert file.stat().st_blocks * 512 >= 12 * 3 * 16 * 16

@@ -16,7 +16,7 @@ from PIL import Image
 
 from scott.config import LEVERS, Config
 from scott.data import ImageSet, InputError, load, petals
-from scott.parallel import Feed, Student, shares
+from scott.parallel import Feed, Student, labeled, shares
 from scott.runs import load_checkpoint, read_metrics
 from scott.training import Trainer, get_state, main, set_state
 
@@ -177,6 +177,12 @@ def test_a_run_goes_on_with_other_levers(flowers, first, then):
     set_state(goes_on, copy.deepcopy(get_state(begun)))
     losses(goes_on, 4)
     assert weights_gap(straight, goes_on) < 2e-5
+
+
+def test_labeled_pictures_are_the_training_split_in_the_evaluation_view(capsys):
+    shown = labeled(Config(**TOY, knn_every=1))
+    assert len(shown) == 3200 and shown.images.shape[-1] == 64 and len(shown.labels.unique()) == 20
+    assert labeled(Config(**TOY, knn_every=0)) is None and capsys.readouterr().out == ''
 
 
 def test_one_bad_share_is_a_bad_step_for_all(flowers, monkeypatch):

@@ -1,13 +1,25 @@
-"""scott_probe from end to end on a folder of drawn flowers: the table, its JSON, and bad input."""
+"""scott_probe from end to end on a folder of drawn flowers: the table, its JSON, leaks, interruptions and bad input."""
 import json
+import os
+import signal
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import bootstrap
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
 
-from scott import probes
+from scott import features, finetune, probes, report
+from scott.config import Config as Pretraining
+from scott.data import ImageSet, InputError
 from scott.encoder import Encoder
 from scott.petals import petals
+from scott.signs import knn
+
+NAMES = 'knn linear simple multihead cross'.split()
 
 
 def write_images(folder, count, classes=('a', 'b', 'c')):
@@ -31,63 +43,273 @@ def run(tmp_path, data):
     folder = tmp_path / 'run'
     for name, seed in (('context', 1), ('target', 2)):
         torch.manual_seed(seed)
-        Encoder(img_size=32, depth=1, embed_dim=16).save_pretrained(folder / name)
-    (folder / 'config.json').write_text(json.dumps(dict(data=f'folder:{data}', img_size=32, seed=0, amp='off')))
+        Encoder(img_size=32, depth=2, embed_dim=16).save_pretrained(folder / name)
+    (folder / 'config.json').write_text(json.dumps(dict(
+        data=f'folder:{data}', img_size=32, seed=0, amp='off', batch_size=12, epochs=4, warmup_epochs=1,
+        contains_test_images=True)))
+    (folder / 'metrics.jsonl').write_text('{"step": 15, "epoch": 4.0}\n')
     return folder
+
+
+def judge(run, **flags):
+    "The report of a short call."
+    return report.probe(report.Config(str(run), **{'head_epochs': 2, 'aug_epochs': 2, 'tune_epochs': 2, **flags}))
 
 
 def fails(capsys, *argv):
     "The command must end with 2 and one line, which is returned."
-    with pytest.raises(SystemExit) as stop: probes.main([str(a) for a in argv])
+    with pytest.raises(SystemExit) as stop: report.main([str(a) for a in argv])
     err = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and len(err.splitlines()) == 1 and err.startswith('scott_probe: '), err
     return err
 
 
+def synthetic(count=200, classes=4, shift=0, apart=3.):
+    "Features of images whose class is written into them."
+    g = torch.Generator().manual_seed(shift)
+    labels = torch.arange(count) % classes
+    tokens = torch.randn(count, 9, 32, generator=g)
+    tokens[torch.arange(count), :, labels] += apart
+    return features.Features(tokens.mean(1), tokens.half(), labels, [f'{shift} {i}' for i in range(count)])
+
+
+# The table
+
 def test_table_and_json(run, tmp_path, capsys):
-    probes.main([str(run), '--head-epochs', '2', '--json', str(tmp_path / 'out.json')])
+    report.main([str(run), '--head-epochs', '2', '--json', str(tmp_path / 'out.json')])
     out = capsys.readouterr().out
-    report = json.loads((tmp_path / 'out.json').read_text())
-    assert report == json.loads((run / 'probe_flowers.json').read_text())
-    names = 'knn linear simple multihead cross'.split()
-    assert [(r['probe'], r['encoder']) for r in sorted(report['rows'], key=lambda r: names.index(r['probe']))] == [
-        (n, e) for n in names for e in ('random initialization', 'context', 'target')]
-    assert (report['train_images'], report['test_images'], report['classes'], report['img_size']) == (36, 9, 3, 32)
-    assert {'command', 'flags', 'config', 'machine', 'seconds', 'step', 'epoch', 'notes'} <= report.keys()
-    assert sum(line.startswith(tuple(names)) and ' and ' not in line for line in out.splitlines()) >= 15
-    assert 'without training augmentation' in out
+    result = json.loads((tmp_path / 'out.json').read_text())
+    assert result == json.loads((run / 'probe_flowers.json').read_text())
+    assert [(r['probe'], r['encoder']) for r in sorted(result['rows'][1:], key=lambda r: NAMES.index(r['probe']))] == [
+        (n, e) for n in NAMES for e in ('random initialization', 'context', 'target')]
+    assert (result['rows'][0]['probe'], result['rows'][0]['encoder']) == ('knn', 'raw pixels')
+    assert (result['train_images'], result['test_images'], result['classes'], result['img_size']) == (36, 9, 3, 32)
+    assert {'command', 'flags', 'config', 'machine', 'seconds', 'step', 'epoch', 'duplicates'} <= result.keys()
+    for row in result['rows']:
+        assert len(row['seeds']) == 3 and {s['seed'] for s in row['seeds']} == {0, 1, 2}
+        assert row['top1'] == pytest.approx(np.mean([s['top1'] for s in row['seeds']]))
+        assert row['top1_std'] == pytest.approx(np.std([s['top1'] for s in row['seeds']], ddof=1))
+        low, high = row['top1_interval']
+        assert low <= row['top1'] <= high
+    assert sum(line.startswith(tuple(NAMES)) and '…' in line for line in out.splitlines()) == 16
+    assert 'supervised from scratch: not run yet' in out and 'transductive' in out
 
 
 def test_the_same_seed_gives_the_same_table(run):
-    rows = [probes.probe(probes.Config(str(run), head_epochs=2))['rows'] for _ in range(2)]
-    assert rows[0] == rows[1]
+    assert judge(run)['rows'] == judge(run)['rows']
+
+
+def test_rows_on_augmented_images_are_others(run):
+    stored, new = ({r['encoder']: r for r in judge(run, probes=name, seeds=1)['rows'] if r['probe'] == name}
+                   for name in ('cross', 'cross+aug'))
+    assert stored.keys() == new.keys() and stored != new
+    again = judge(run, probes='cross+aug', seeds=1)['rows']
+    assert [r for r in again if r['probe'] == 'cross+aug'] == list(new.values())
 
 
 def test_the_random_row_is_the_start_of_the_run(run):
     torch.manual_seed(0)
-    start = Encoder(img_size=32, depth=1, embed_dim=16).state_dict()
-    blank = probes.load_encoders(run, 0)['random initialization'].state_dict()
+    start = Encoder(img_size=32, depth=2, embed_dim=16).state_dict()
+    blank = report.load_encoders(run, Pretraining(img_size=32, seed=0))['random initialization'].state_dict()
     assert all(torch.equal(start[k], blank[k]) for k in start)
 
 
+def test_depth_and_norm_are_read_and_named(run, capsys):
+    rows = {}
+    for flags, name in (([], 'flowers'), (['--block', '0'], 'flowers_block0'), (['--no-norm'], 'flowers_raw')):
+        report.main([str(run), '--probes', 'linear', *flags])
+        rows[name] = json.loads((run / f'probe_{name}.json').read_text())['rows'][1:]
+        assert ('block 0' in (said := capsys.readouterr().out)) == ('--block' in flags)
+        assert ('not normalized' in said) == ('--no-norm' in flags)
+    encoder = Encoder.from_pretrained(run / 'target')
+    assert len(features.cut(encoder, 0).transformer.blocks) == 1 and len(encoder.transformer.blocks) == 2
+    means = [features.encode(features.cut(encoder, b), ImageSet(petals(9, 32)[0], torch.zeros(9), torch.ones(9), [], '',
+                                                               False, [], []), norm=n).means
+             for b, n in ((-1, True), (0, True), (-1, False))]
+    assert not torch.allclose(means[0], means[1]) and not torch.allclose(means[0], means[2])
+
+
+@pytest.mark.parametrize('stored, says', [
+    (dict(contains_test_images=True), 'transductive'), (dict(contains_test_images=False), 'inductive'),
+    (dict(data='petals'), 'transfer: pre-trained on petals')])
+def test_what_the_pretraining_saw(stored, says):
+    config = {'data': 'folder:here', 'contains_test_images': True, **stored}
+    assert report.learned_from(config, 'folder:here').startswith(says)
+
+
+# Agreement with well-kept libraries
+
+def test_neighbors_are_scikit_learns():
+    train, test = synthetic(apart=.5), synthetic(shift=1, apart=.5)
+    for k, t in ((1, .07), (5, .02), (20, .2)):
+        ours = knn(train.means, train.labels, k=k, classes=4, temperature=t)(test.means)
+        theirs = KNeighborsClassifier(k, metric='cosine', weights=lambda d: np.exp((1 - d) / t))
+        theirs.fit(train.means.double().numpy(), train.labels.numpy())
+        votes = torch.from_numpy(theirs.predict_proba(test.means.double().numpy()))
+        assert torch.allclose((ours / ours.sum(1, keepdim=True)).double(), votes, atol=1e-3)
+
+
+def test_linear_is_scikit_learns():
+    train, test = synthetic(apart=.5), synthetic(shift=1, apart=.5)
+    scaler = StandardScaler().fit(train.means.numpy())
+    theirs = LogisticRegression(C=.1, max_iter=1000).fit(scaler.transform(train.means.numpy()), train.labels.numpy())
+    ours = probes.logistic(train.means, train.labels, c=.1, classes=4)(test.means)
+    assert np.allclose(ours.numpy(), theirs.decision_function(scaler.transform(test.means.numpy())), atol=1e-6)
+
+
+def test_interval_is_scipys():
+    right = torch.rand(1, 500, generator=torch.Generator().manual_seed(0)) < .3
+    theirs = bootstrap((right[0].double().numpy(),), np.mean, method='percentile', n_resamples=4000,
+                       random_state=np.random.default_rng(0)).confidence_interval
+    assert probes.interval(right) == pytest.approx([100 * theirs.low, 100 * theirs.high], abs=.6)
+    assert probes.interval(right.expand(3, -1)) == pytest.approx(probes.interval(right))
+
+
+# Leaks
+
 def test_choices_do_not_see_the_test_split(run, monkeypatch):
-    "Other test images and labels: the same choices."
-    def chosen():
-        return [{k: v for k, v in r.items() if k in ('k', 'C', 'epoch', 'held_out_top1')}
-                for r in probes.probe(probes.Config(str(run), head_epochs=2))['rows']]
-    before, load = chosen(), probes.load
+    "Other test images and labels: the same choices. By the paper's protocol the choices move."
+    def chosen(**flags):
+        return [{k: v for k, v in s.items() if k in ('k', 'temperature', 'c', 'epoch', 'chosen_at')}
+                for r in judge(run, **flags)['rows'] for s in r['seeds']]
+    before, paper, load = chosen(), chosen(protocol='paper'), report.load
     def other(name, split, *args, **kwargs):
         part = load(name, split, *args, **kwargs)
         if split == 'test':
             part.images, part.labels = torch.randint(256, part.images.shape, dtype=torch.uint8), part.labels.flip(0)
         return part
-    monkeypatch.setattr(probes, 'load', other)
+    monkeypatch.setattr(report, 'load', other)
     assert chosen() == before
+    assert chosen(protocol='paper') != paper
 
+
+@pytest.mark.parametrize('name', NAMES)
+def test_permuted_labels_give_chance(name):
+    "On features that hold the class, every probe finds it; with permuted training labels it finds nothing."
+    train, test = synthetic(400, 20), synthetic(400, 20, shift=1)
+    how = dict(epochs=20, seeds=(0,))
+    assert probes.evaluate(name, train, test, 20, **how)['top1'] > 50
+    train.labels = train.labels[torch.randperm(400, generator=torch.Generator().manual_seed(2))]
+    error = 100 * (.05 * .95 / 20) ** .5  # a class is answered as one: right or wrong 20 times, not 400 times
+    assert abs(probes.evaluate(name, train, test, 20, **how)['top1'] - 5) < 4 * error
+
+
+def test_a_test_image_among_the_training_images_is_refused():
+    train, test = synthetic(), synthetic(shift=1)
+    with pytest.raises(InputError, match='200 of 200 test images are training images'):
+        probes.evaluate('knn', test, test, 4)
+    test.names[7] = train.names[3]
+    with pytest.raises(InputError, match='1 of 200 test images .* the first is 0 3'): probes.evaluate('knn', train, test, 4)
+
+
+def test_the_released_protocol_flatters(run, capsys):
+    "It takes the best test score of the grid; its table says so and has another file."
+    honest, paper = (judge(run, probes='knn,linear', protocol=p)['rows'] for p in ('honest', 'paper'))
+    assert all(p['top1'] >= h['top1'] for h, p in zip(honest, paper))
+    assert all(s['chosen_at'] == s['top1'] for r in paper for s in r['seeds'])
+    report.main([str(run), '--probes', 'knn', '--protocol', 'paper'])
+    assert 'which flatters' in capsys.readouterr().out
+    assert (run / 'probe_flowers_paper.json').is_file() and not (run / 'probe_flowers.json').exists()
+
+
+def test_the_released_choice_on_flowers_is_the_val_half():
+    train, test = synthetic(), synthetic(shift=1)
+    assert report.released_choice('flowers102', train, test).names == train.names[100:]
+    assert report.released_choice('pets37', train, test) is test
+
+
+def test_duplicates_are_reported(run, data, capsys):
+    (data / 'a' / '900.png').write_bytes((data / 'a' / '000.png').read_bytes())
+    report.main([str(run), '--probes', 'knn'])
+    assert '000.png = 900.png' in capsys.readouterr().out
+    assert json.loads((run / 'probe_flowers.json').read_text())['duplicates'] == [['000.png', '900.png']]
+
+
+# Stored features and interruptions
+
+def test_an_interrupted_probe_goes_on_from_its_features(run, monkeypatch):
+    calls, encode = [], features.encode
+    def counted(encoder, *args, **kwargs):
+        calls.append(encoder)
+        if len(calls) == 4: raise KeyboardInterrupt
+        return encode(encoder, *args, **kwargs)
+    monkeypatch.setattr(features, 'encode', counted)
+    with pytest.raises(KeyboardInterrupt): judge(run)
+    rows = judge(run)['rows']
+    assert len(calls) == 4 + 3  # two of the random encoder, one of the context encoder were there
+    assert judge(run)['rows'] == rows and len(calls) == 7  # nothing is encoded again
+    monkeypatch.undo()
+    for file in (run / 'features').iterdir(): file.unlink()
+    assert judge(run)['rows'] == rows
+
+
+def test_features_of_other_weights_are_not_used(run):
+    before, files = judge(run, probes='linear')['rows'], set((run / 'features').iterdir())
+    torch.manual_seed(5)
+    Encoder(img_size=32, depth=2, embed_dim=16).save_pretrained(run / 'target')
+    after, now = judge(run, probes='linear')['rows'], set((run / 'features').iterdir())
+    assert [a == b for a, b in zip(before, after)] == [True, True, True, False]  # pixels, random, context, target
+    assert len(now) == 6 and len(now & files) == 4
+
+
+def test_damaged_features_are_made_again(run, capsys):
+    before = judge(run, probes='knn')['rows']
+    for file in (run / 'features').iterdir(): file.write_bytes(file.read_bytes()[:50])
+    assert judge(run, probes='knn')['rows'] == before
+    assert 'encoding again' in capsys.readouterr().out
+
+
+# Whole networks
+
+def test_supervised_and_finetune(run, capsys):
+    result = judge(run, probes='knn,supervised,finetune')
+    rows = {(r['probe'], r['encoder']): r for r in result['rows'] if r['probe'] != 'knn'}
+    assert rows.keys() == {('supervised', 'random initialization'), ('finetune', 'context'), ('finetune', 'target')}
+    row = rows['supervised', 'random initialization']
+    assert row['seeds'][0]['epochs'] == 5 and len(row['curve']) == 5  # 15 steps of 12 = 5 times 36 images
+    assert not result['missing'] and row['top1_std'] is None and row['top1_interval'][0] <= row['top1']
+    later = judge(run, probes='knn')
+    assert not later['missing'] and row['top1'] in [r['top1'] for r in later['rows'] if r['probe'] == 'supervised']
+    again = judge(run, probes='supervised')['rows'][1]
+    assert again['steps_here'] == 0 and again['seeds'] == row['seeds'] and again['curve'] == row['curve']
+
+
+def test_a_stopped_training_goes_on_bit_for_bit(run, monkeypatch):
+    "SIGTERM in the middle of an epoch; then the same command again, against a training that nobody stopped."
+    whole = judge(run, probes='supervised')['rows'][1]
+    folder = run / 'supervised-random-flowers'
+    weights = torch.load(folder / 'checkpoint.pt', weights_only=True)['net']
+    for file in folder.iterdir(): file.unlink()
+    step = finetune.train_step
+    def stopped(t):
+        step(t)
+        if t.step == 7: os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(finetune, 'train_step', stopped)
+    with pytest.raises(SystemExit) as stop: judge(run, probes='supervised')
+    assert stop.value.code == 143 and torch.load(folder / 'checkpoint.pt', weights_only=True)['step'] == 7
+    monkeypatch.undo()
+    os.environ['SCOTT_CACHE'] = str(run.parent / 'cache')
+    row = judge(run, probes='supervised')['rows'][1]
+    now = torch.load(folder / 'checkpoint.pt', weights_only=True)['net']
+    assert all(torch.equal(weights[k], now[k]) for k in weights)
+    assert row['curve'] == whole['curve'] and row['seeds'] == whole['seeds'] and row['steps_here'] == 8
+
+
+def test_a_training_for_other_labels_is_refused(run, data, capsys):
+    judge(run, probes='supervised')
+    for i in range(10):
+        (data / 'd').mkdir(exist_ok=True)
+        (data / 'd' / f'{i}.png').write_bytes((data / 'a' / '000.png').read_bytes())
+    assert 'classes is 3 there and 4 here' in fails(capsys, run, '--probes', 'supervised')
+
+
+# Bad input
 
 def test_bad_flags(run, capsys):
     assert 'mlp' in fails(capsys, run, '--probes', 'knn,mlp')
     assert '--head-epochs 0' in fails(capsys, run, '--head-epochs', 0)
+    assert '--seeds 0' in fails(capsys, run, '--seeds', 0)
+    assert '--block 2: the encoder has 2 blocks' in fails(capsys, run, '--block', 2)
     assert '--cache-gb' in fails(capsys, run, '--cache-gb', 0)
     assert '--nonsense' in fails(capsys, run, '--nonsense', 1)
     assert 'nowhere' in fails(capsys, run, '--data', 'nowhere')
@@ -103,6 +325,11 @@ def test_bad_run_folders(run, tmp_path, capsys):
     assert 'damaged' in fails(capsys, run)
     weights.unlink()
     assert 'model.safetensors' in fails(capsys, run)
+
+
+def test_an_encoder_of_another_image_size(run, capsys):
+    Encoder(img_size=64, depth=2, embed_dim=16).save_pretrained(run / 'target')
+    assert 'images of 64 x 64 px, but' in (said := fails(capsys, run)) and 'says 32' in said
 
 
 def test_spoiled_weights_are_named(run, capsys):
@@ -121,14 +348,15 @@ def test_labels_that_no_probe_can_use(run, data, tmp_path, capsys):
 
 
 def test_a_class_that_is_only_in_the_test_split(run, data, capsys, monkeypatch):
-    load = probes.load
+    load = report.load
     def without_c(name, split, *args, **kwargs):
         part = load(name, split, *args, **kwargs)
         if split == 'train': part.images, part.labels = (x[part.labels != 2] for x in (part.images, part.labels))
         return part
-    monkeypatch.setattr(probes, 'load', without_c)
+    monkeypatch.setattr(report, 'load', without_c)
     assert "class 'c': 0;" in fails(capsys, run)
 
 
-def test_nan_features_are_not_scored():
+def test_scores_of_what_cannot_be_scored():
     with pytest.raises(ValueError, match='NaN'): probes.scores(torch.full((2, 3), float('nan')), torch.tensor([0, 1]))
+    with pytest.raises(InputError, match='knows 3 classes'): probes.scores(torch.zeros(2, 3), torch.tensor([0, 3]))

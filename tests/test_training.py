@@ -227,7 +227,8 @@ def write_state_of_step(run, step):
     data = training.load(cfg.data, cfg.ssl_split, round(cfg.img_size * 256 / 224))
     trainer = Trainer(cfg, data)
     for _ in range(step):
-        if trainer.step % cfg.log_every == 0: trainer.loss_sum.zero_()
+        if trainer.step % cfg.log_every == 0:
+            for total in (trainer.loss_sum, trainer.norm_sum): total.zero_()
         trainer.train_step()
     write_checkpoint(run, get_state(trainer), keep=1)
 
@@ -365,8 +366,9 @@ def test_run_folder(straight):
     names = {p.name for p in straight.iterdir()}
     assert names == {'config.json', 'metrics.jsonl', 'curves.png', 'checkpoint.pt', 'context', 'target'}
     for line in read_metrics(straight):
-        assert set(line) == {'step', 'epoch', 'loss', 'feature_std', 'lr', 'wd', 'momentum', 'skipped',
-                             'images_per_s', 'data_wait'}
+        assert set(line) == {'step', 'epoch', 'loss', 'feature_std', 'rankme', 'cosine', 'distance', 'grad_tokenizer',
+                             'grad_encoder', 'grad_predictor', 'lr', 'wd', 'momentum', 'skipped', 'images_per_s',
+                             'data_wait'}
         assert all(math.isfinite(v) for v in line.values()) and line['epoch'] == line['step'] / 4
     stored = load_checkpoint(straight)['jepa']
     for name in ('context', 'target'):
@@ -414,6 +416,87 @@ def test_feature_std_tells_a_constant_target(flowers, tmp_path, figure):
     constant = training.log(trainer, now, target, 1, 1.)['feature_std']
     assert constant < 1e-6 < .1 < alive <= 1
     figure('08 feature std: constant encoder, fresh encoder', f'{constant:.1e}, {alive:.2f}')
+
+
+def test_logged_gradient_norms_are_the_means_of_each_part(flowers, tmp_path):
+    trainer, seen = toy(flowers, out=str(tmp_path), warmup_epochs=0), []
+    real = trainer.opt.step
+    def spy(*args, **kwargs):
+        total = lambda parameters: torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
+        seen.append([total(trainer.jepa.context.tokenizer.parameters()), total(trainer.jepa.predictor.parameters())])
+        return real(*args, **kwargs)
+    trainer.opt.step = spy
+    for _ in range(3): _, now, target = trainer.train_step()
+    line = training.log(trainer, now, target, 3, 1.)
+    mean = np.mean(seen, 0)
+    assert [line['grad_tokenizer'], line['grad_predictor']] == pytest.approx(mean.tolist(), rel=1e-4)
+    assert trainer.norm_sum.tolist() == [0., 0., 0.] and line['grad_encoder'] > 0
+
+
+# --- is it learning?
+
+@pytest.fixture(scope='module')
+def labeled(place):
+    "The same pictures in two classes."
+    for i, path in enumerate(sorted((place / 'images').iterdir())):
+        (place / 'two' / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, place / 'two' / 'ab'[i % 2])
+    return f'folder:{place / "two"}'
+
+
+def signs(run): return [{k: v for k, v in m.items() if not k.startswith('knn')} for m in lines(run)]
+
+
+def test_a_quick_knn_changes_no_bit_of_the_run_and_is_resumed(place, labeled, tmp_path, capsys, figure):
+    for every in ('0', '1'):
+        main(command(tmp_path, every, '--data', labeled, '--knn-every', every))
+    without, with_it = tmp_path / '0', tmp_path / '1'
+    assert signs(without) == signs(with_it) == lines(without)
+    assert distance(load_checkpoint(without), load_checkpoint(with_it)) == 0.
+    looks = [m for m in lines(with_it) if 'knn' in m]
+    assert [m['step'] for m in looks] == [4, 8, 12] and len({m['knn_random'] for m in looks}) == 1
+    assert all(0 <= m['knn'] <= 100 and m['knn_images'] == 10 for m in looks)  # 51 are for training
+    complete = lines(with_it)
+    write_state_of_step(with_it, 5)
+    main(['--out', str(with_it), '--resume'])
+    assert lines(with_it) == complete
+    assert 'too few labels' not in capsys.readouterr().out
+    figure('08 with a quick k-NN every epoch, and without', 'the same run, max|Δ| = 0.0')
+
+
+def test_the_random_figure_is_that_of_the_initial_weights(labeled, tmp_path):
+    cfg = make_config(command(tmp_path, 'run', '--data', labeled, '--knn-every', '1'))
+    trainer, _ = training.prepare(cfg, parallel.Group())
+    before = training.quick_knn(trainer, trainer.jepa)
+    training.open_run(trainer, None)
+    assert trainer.knn_random == before
+    again = training.quick_knn(trainer, training.build(Config(**{**vars(cfg), 'seed': 5})))
+    state = torch.get_rng_state()
+    training.quick_knn(trainer, trainer.jepa)
+    assert torch.equal(torch.get_rng_state(), state) and 0 <= again <= 100
+
+
+def test_without_labels_the_run_says_so_once(place, tmp_path, capsys):
+    main(command(tmp_path, 'run', '--data', f'folder:{place / "images"}', '--knn-every', '1'))
+    out = capsys.readouterr().out
+    assert out.count('too few labels') == 1 and 'early: too early to tell (no k-NN figure)' in out
+    assert not any('knn' in m for m in lines(tmp_path / 'run'))
+
+
+def test_an_alarm_is_printed_once_and_the_run_goes_on(place, tmp_path, capsys):
+    main(command(tmp_path, 'run', '--data', f'folder:{place / "images"}', '--momentum', '0', '--momentum-final', '0'))
+    out = capsys.readouterr().out.splitlines()
+    alarms = [line for line in out if line.startswith('copied: ')]
+    assert len(alarms) == 2 and all('nbs/15_jepa.ipynb' in line for line in alarms)  # when it came, and at the end
+    assert len(lines(tmp_path / 'run')) == 6 and out[-1].startswith('done')
+
+
+def test_a_checkpoint_from_before_norms_were_summed_can_be_resumed(flowers):
+    first, second = toy(flowers), toy(flowers)
+    steps(first, 3)
+    state = {k: v for k, v in copy.deepcopy(get_state(first)).items() if k != 'norm_sum'}
+    set_state(second, state)
+    assert steps(first, 2) == steps(second, 2)
 
 
 # --- a loss that is no number

@@ -1,4 +1,4 @@
-"""Pictures of a run: the numbers behind them, the command on a tiny run folder, and what it refuses."""
+"""Pictures of a single encoder: the numbers behind them, and what they refuse."""
 import json
 import math
 from dataclasses import asdict
@@ -6,16 +6,15 @@ from dataclasses import asdict
 import pytest
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
 from sklearn.decomposition import PCA
 
 from scott.augment import eval_view
-from scott.config import Config
+from scott.config import Config, build
+from scott.data import InputError
 from scott.encoder import Encoder
 from scott.petals import petals
-from scott.training import build
-from scott.visualize import (attention_figure, attention_maps, choose_images, load_run, main, mask_figure, mask_image,
-                             patch_tokens, pca_figure, principal_axes, token_pca, visibility)
+from scott.visualize import (attention_figure, attention_maps, choose_images, flat_map, foreground, load_run,
+                             map_figure, mask_image, patch_tokens, pca_figure, principal_axes, same_class, token_pca)
 
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
            device='cpu')
@@ -110,6 +109,57 @@ def test_tokens_are_normalized_and_without_dropout(views):
     assert t.mean(-1).abs().max() < 1e-5 and (t.var(-1, unbiased=False) - 1).abs().max() < .01
 
 
+# Without the background
+
+def scene(sign=1, place=(2, 6, 1, 5)):
+    "Tokens whose front is known: a rectangle, told apart by one direction; within it a weaker second direction."
+    g = torch.Generator().manual_seed(0)
+    top, bottom, left, right = place
+    front = torch.zeros(5, 8, 8, dtype=torch.bool)
+    front[:, top:bottom, left:right] = True
+    lit = torch.rand(5, 8, 8, generator=g) > .5
+    t = .02 * torch.randn(5, 8, 8, 16, generator=g)
+    t[..., 3] += 5 * front
+    t[..., 7] += 1. * (front & lit)
+    return sign * t.flatten(1, 2), front.flatten(1), (front & lit).flatten(1)
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+@pytest.mark.parametrize('place', [(2, 6, 1, 5), (1, 7, 1, 7), (3, 4, 3, 5)])
+def test_the_background_is_cut_off(sign, place):
+    t, front, _ = scene(sign, place)
+    assert torch.equal(foreground(t, (8, 8)), front)
+
+
+def test_the_second_fit_is_of_the_front_alone():
+    t, front, lit = scene()
+    colors = token_pca(t, (8, 8), front).flatten(2).transpose(1, 2)  # b n 3
+    assert (colors[~front] == 0).all()
+    red = colors[..., 0]
+    assert (red[lit].mean() - red[front & ~lit].mean()).abs() > .8  # with the background: hardly to be seen
+    red = token_pca(t, (8, 8)).flatten(2).transpose(1, 2)[..., 0]
+    assert (red[lit].mean() - red[front & ~lit].mean()).abs() < .1
+    other = t.clone()
+    other[~front] = torch.randn(int((~front).sum()), 16, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(token_pca(other, (8, 8), front), token_pca(t, (8, 8), front))  # whatever the background is
+
+
+def test_one_fit_and_one_cut_for_all_images():
+    t, front, _ = scene()
+    twice = torch.cat([t, t[:1]])
+    cut = foreground(twice, (8, 8))
+    colors = token_pca(twice, (8, 8), cut)
+    assert torch.equal(cut[0], cut[-1]) and torch.equal(colors[0], colors[-1])
+
+
+def test_nothing_in_front():
+    t = torch.full((2, 16, 12), .3)
+    front = foreground(t, (4, 4))  # collapsed tokens: no side at all, and no error
+    assert front.shape == (2, 16) and token_pca(t, (4, 4), front).isfinite().all()
+    assert (token_pca(t, (4, 4), torch.zeros(2, 16, dtype=torch.bool)) == 0).all()
+    assert torch.equal(token_pca(t, (4, 4), torch.ones(2, 16, dtype=torch.bool)), token_pca(t, (4, 4)))
+
+
 # Attention
 
 @pytest.mark.parametrize('block', [-1, -2, 0, 1])
@@ -165,12 +215,6 @@ def test_mask_image_refuses(keep):
     with pytest.raises(ValueError, match='keep must be'): mask_image(torch.zeros(2, 3, 64, 64), keep)
 
 
-def test_visibility_is_the_share_of_visible_patches():
-    for mask in ('uniform', 'blockwise', 'multiblock'):
-        heat = visibility(Config(**TOY, mask=mask), (4, 4), torch.Generator().manual_seed(0), 500)
-        assert heat.shape == (4, 4) and heat.mean().item() == pytest.approx(7 / 16)  # ceil(.4 * 16) = 7
-
-
 # Choice and figures
 
 def test_choice_is_seeded_and_spread():
@@ -182,101 +226,70 @@ def test_choice_is_seeded_and_spread():
     assert len(choose_images(torch.full((9,), -1), 4).unique()) == 4  # without labels
 
 
-def test_figures_have_a_row_per_image(views):
+def test_figures_have_a_row_per_image():
     images = petals(n=3, size=64)[0]
     pca = pca_figure(images, dict(a=torch.rand(3, 3, 4, 4), b=torch.rand(3, 3, 4, 4)))
     maps = attention_figure(images, dict(a=torch.rand(3, 2, 4, 4), b=torch.rand(3, 2, 4, 4)), query=(1, 2))
-    masks = mask_figure(images, torch.rand(3, 16) > .5, torch.rand(4, 4))
-    assert all(isinstance(f, Figure) for f in (pca, maps, masks))
-    assert len(pca.axes) == 3 * 3 and len(maps.axes) == 3 * 5 + 1 and len(masks.axes) == 3 * 3 + 2  # + color bars
+    assert all(isinstance(f, Figure) for f in (pca, maps))
+    assert len(pca.axes) == 3 * 3 and len(maps.axes) == 3 * 5 + 1  # + color bar
     scales = {i.get_clim() for ax in maps.axes[:-1] for i in ax.images if i.get_array().ndim == 2}
     assert len(scales) == 1 and min(scales)[0] == 0 and min(scales)[1] >= 2  # one scale, uniform attention no peak
 
 
-# The command
+# The map
 
-def write_run(run, **changes):
-    "A run folder as `pretrain` leaves it, without training: the target's weights are a little moved."
-    cfg = Config(**{**TOY, 'data': f'folder:{run.parent}/images', 'out': str(run), **changes})
-    run.mkdir()
-    (run / 'config.json').write_text(json.dumps({**asdict(cfg), 'images': 20}))
-    target = build(cfg).target
-    with torch.no_grad():
-        for p in target.parameters(): p.add_(.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    for name in ('context', 'target'): target.save_pretrained(run / name)
-    return run
+def test_neighbors_of_the_same_class():
+    x = torch.tensor([[1., 0], [2, .1], [0, 1], [.1, 3], [-1, 0]])
+    assert same_class(x, torch.tensor([0, 0, 1, 1, 2])) == pytest.approx(4 / 5)  # the last one's class is alone
+    assert same_class(x, torch.tensor([0, 1, 0, 1, 2])) == 0
+    assert same_class(10 * x, torch.tensor([0, 0, 1, 1, 2])) == pytest.approx(4 / 5)  # length does not count
 
 
-@pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('visualize')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('SCOTT_CACHE', str(folder / 'cache'))
-        for i, image in enumerate(petals(n=20, size=80)[0]):  # 2 classes of 10, 4 test images
-            path = folder / 'images' / f'class{i % 2}' / f'{i}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-        write_run(folder / 'run')
-        yield folder
+def test_the_map_keeps_groups_and_is_seeded():
+    groups = torch.arange(3).repeat(12)
+    x = 9 * torch.eye(16)[groups] + torch.randn(36, 16, generator=torch.Generator().manual_seed(0))
+    y = flat_map(x, 1)
+    near = (torch.cdist(y, y) + 1e9 * torch.eye(36)).argmin(1)
+    assert y.shape == (36, 2) and (groups[near] == groups).all() and torch.equal(y, flat_map(x, 1))
+    assert not flat_map(torch.full((20, 16), .3)).any()  # collapsed: one point
 
 
-def pictures(folder):
-    return {p.name: Image.open(p).convert('RGB').tobytes() for p in folder.iterdir()}
+@pytest.mark.parametrize('labels, count', [(torch.arange(40) % 4, 4), (torch.arange(40) % 13, 11),
+                                           (torch.full((40,), -1), 1)])
+def test_ten_classes_have_colors(labels, count):
+    x = dict(random=torch.randn(40, 8), trained=torch.randn(40, 8))
+    fig = map_figure(x, labels, [f'class {i}' for i in range(13)])
+    assert len(fig.axes) == 2 and len(fig.legends[0].get_texts()) == count  # with the gray others
+    points = sum(len(c.get_offsets()) for c in fig.axes[0].collections)
+    assert points == 40 and ('%' in fig.axes[0].get_title()) == (labels[0] >= 0)
 
 
-def test_pictures_of_a_run(place, capsys):
-    main([str(place / 'run'), '--images', '3'])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines == [str(place / 'run' / 'pictures' / f'{n}.png') for n in ('pca', 'attention', 'masks')]
-    first = pictures(place / 'run' / 'pictures')
-    assert set(first) == {'pca.png', 'attention.png', 'masks.png'}  # and no half-written file
-    main([str(place / 'run'), '--images', '3', '--out', str(place / 'again' / 'there')])
-    assert pictures(place / 'again' / 'there') == first
-    main([str(place / 'run'), '--images', '3', '--seed', '1', '--block', '0', '--out', str(place / 'other')])
-    assert not any(first[name] == picture for name, picture in pictures(place / 'other').items())
+# The encoders of a run
+
+@pytest.fixture
+def run(tmp_path):
+    cfg = Config(**TOY, out=str(tmp_path / 'run'))
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'config.json').write_text(json.dumps(asdict(cfg)))
+    moved = build(cfg).target
+    with torch.no_grad(): moved.mask_token.add_(1)
+    moved.save_pretrained(tmp_path / 'run' / 'target')
+    return tmp_path / 'run'
 
 
-def test_encoders_of_a_run(place):
-    cfg, found = load_run(place / 'run')
+def test_encoders_of_a_run(run):
+    cfg, found = load_run(run)
     assert list(found) == ['random', 'trained'] and cfg.embed_dim == 32
-    initial = build(cfg).target.state_dict()
+    initial, stored = build(cfg).target.state_dict(), Encoder.from_pretrained(run / 'target').state_dict()
     assert all(torch.equal(w, initial[k]) for k, w in found['random'].state_dict().items())
-    stored = Encoder.from_pretrained(place / 'run' / 'target').state_dict()
     assert all(torch.equal(w, stored[k]) for k, w in found['trained'].state_dict().items())
     assert not torch.equal(stored['mask_token'], initial['mask_token'])
 
 
-def test_other_data_and_registers(place, capsys):
-    write_run(place / 'registers', reg_tokens=2, mask='multiblock', tokenizer='patch')
-    main([str(place / 'registers'), '--data', f'folder:{place}/images/class0', '--images', '1'])
-    assert len(capsys.readouterr().out.splitlines()) == 3
-
-
-@pytest.mark.parametrize('words, says', [
-    ('', 'required'), ('{run} --image 3', '--image'), ('{run} --images many', 'many'),
-    ('{place}/images', 'no run folder'), ('{place}/nowhere', 'no run folder'),
-    ('{run} --images 0', '--images 0'), ('{run} --images -2', '--images -2'), ('{run} --images 65', '--images 65'),
-    ('{run} --images 5', '4 test images'), ('{run} --block 2', '2 blocks'), ('{run} --block -3', '2 blocks'),
-    ('{run} --data folder:{place}/nowhere', 'nowhere'), ('{run} --data tulips', 'tulips'),
-    ('{run} --images 1 --out {run}/config.json', 'config.json')])
-def test_refusals(place, capsys, words, says):
-    before = {p: p.stat().st_mtime_ns for p in place.rglob('*') if p.is_file()}
-    with pytest.raises(SystemExit) as end: main(words.format(place=place, run=place / 'run').split())
-    err = capsys.readouterr().err.strip().splitlines()
-    assert end.value.code == 2 and says in err[-1] and err[-1].startswith('scott_visualize: ')
-    assert len([line for line in err if 'Loading weights' not in line]) == 1
-    assert {p: p.stat().st_mtime_ns for p in place.rglob('*') if p.is_file()} == before
-
-
-@pytest.mark.parametrize('damage, says', [
-    (lambda run: (run / 'target' / 'model.safetensors').unlink(), 'no model.safetensors'),
-    (lambda run: (run / 'target' / 'model.safetensors').write_bytes(b'short'), 'is no Encoder'),
-    (lambda run: (run / 'target' / 'config.json').unlink(), 'no config.json'),
-    (lambda run: (run / 'config.json').write_text('{'), 'damaged')])
-def test_damaged_runs(place, tmp_path, capsys, damage, says):
-    run = write_run(tmp_path / 'run', data=f'folder:{place}/images')
-    damage(run)
-    with pytest.raises(SystemExit) as end: main([str(run), '--images', '1'])
-    err = [line for line in capsys.readouterr().err.strip().splitlines() if 'Loading weights' not in line]
-    assert end.value.code == 2 and len(err) == 1 and says in err[0] and str(run) in err[0]
-    assert not (run / 'pictures').exists()
+@pytest.mark.parametrize('changes, says', [
+    (dict(img_size=96), 'image size 96, not 64'), (dict(embed_dim=64), 'width 64, not 32'),
+    (dict(depth=3), 'depth 3, not 2'), (dict(tokenizer='patch'), 'tokenizer PatchEmbed, not SparseTokenizer')])
+def test_an_encoder_of_another_run(run, changes, says):
+    encoder(**changes).save_pretrained(run / 'target')
+    with pytest.raises(InputError, match=says) as said: load_run(run)
+    assert str(run / 'target') in str(said.value)

@@ -1,0 +1,33 @@
+"Healthy toy runs raise no alarm, sick ones do, each by its own sign."
+import pytest
+import torch
+
+from scott.health import first_alarm, toy_run
+
+SIGNS = {'no EMA': ('copied', 'distance', 2), 'no predictor': ('untrained', 'grad_predictor', 2),
+         'learning rate x 30': ('runaway', 'distance', 2), 'nothing hidden': ('trivial', 'loss', 8)}  # word, curve, epochs
+
+
+@pytest.fixture(autouse=True, scope='module')
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(5))
+def test_a_healthy_run_raises_no_alarm(tmp_path, seed):
+    metrics = toy_run('healthy', tmp_path/'run', seed)
+    assert metrics[-1]['step'] == 240 and first_alarm(metrics) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('defect', SIGNS)
+@pytest.mark.parametrize('seed', range(5))
+def test_a_sick_run_is_named_by_its_sign(tmp_path, defect, seed, figure):
+    word, curve, epochs = SIGNS[defect]
+    alarm = first_alarm(toy_run(defect, tmp_path/'run', seed, epochs=epochs))
+    assert alarm['word'] == word and curve in alarm['curves']
+    if not seed: figure(f'08 a sick run: {defect}', f'{word} at step {alarm["step"]}')

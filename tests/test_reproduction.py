@@ -1,0 +1,56 @@
+"""The command behind the page of results, at toy size; and what the page makes of a stored run."""
+import json
+from pathlib import Path
+
+import pytest
+
+from scott import reproduction
+from scott.data import InputError
+
+RESULTS = Path(__file__).parents[1] / 'nbs' / 'results'
+TOY = ('--preset demo --epochs 1 --warmup-epochs 0 --embed-dim 32 --depth 1 --predictor-depth 1 --img-size 32 '
+       '--batch-size 400 --log-every 2 --checkpoint-minutes 0')
+
+
+@pytest.mark.slow
+def test_one_command_makes_a_stored_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(reproduction, 'RUNS', dict(toy=TOY))
+    monkeypatch.setattr(reproduction, 'PROBES', 'knn,linear')
+    runs, results = tmp_path / 'runs', tmp_path / 'results'
+    reproduction.reproduce('toy', runs, results)
+    stored = {p.name for p in (results / 'toy').iterdir()}
+    assert stored == {'config.json', 'metrics.jsonl', 'learning_curve.json', 'probe_petals.json', 'probe_petals_paper.json'}
+    table = json.loads((results / 'toy' / 'probe_petals.json').read_text())
+    assert {r['probe'] for r in table['rows']} == {'knn', 'linear', 'supervised'} and not table['missing']
+    curve = json.loads((results / 'toy' / 'learning_curve.json').read_text())
+    steps = [c['step'] for c in curve]
+    assert steps[0] == 0 and steps[-1] == table['step'] == 10 and len(steps) == len(set(steps)) > 3
+    again = reproduction.learning_curve(runs / 'toy')
+    assert again == curve
+    reproduction.reproduce('toy', runs, results)  # everything is there: it only probes again
+    assert json.loads((results / 'toy' / 'probe_petals.json').read_text())['rows'][0] == table['rows'][0]
+
+
+def test_an_unknown_run_is_refused(tmp_path):
+    with pytest.raises(InputError, match="'flowers' is unknown: choose one of flowers102-small"):
+        reproduction.reproduce('flowers', tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize('folder', sorted(p.parent for p in RESULTS.glob('*/probe_flowers102.json')
+                                          if p.parent.name in reproduction.RUNS), ids=lambda p: p.name)
+def test_a_stored_run_is_what_its_name_says(folder):
+    "The stored configuration is that of the command, and the table is of the last step."
+    from scott.config import make_config
+    config = json.loads((folder / 'config.json').read_text())
+    asked = make_config([*reproduction.RUNS[folder.name].split(), '--out', 'x'])
+    for key in ('data', 'ssl_split', 'img_size', 'embed_dim', 'depth', 'epochs', 'batch_size', 'lr', 'warmup_epochs', 'seed'):
+        assert config[key] == getattr(asked, key), key
+    table = json.loads((folder / 'probe_flowers102.json').read_text())
+    assert table['step'] == json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])['step']
+    assert {r['encoder'] for r in table['rows']} >= {'raw pixels', 'random initialization', 'context', 'target'}
+    assert table['epoch'] == asked.epochs
+
+
+def test_hours_are_steps_times_images_over_throughput():
+    metrics = [dict(step=10, images_per_s=32.), dict(step=30, images_per_s=64.)]
+    assert reproduction.hours(metrics, 32) == pytest.approx((10 + 10) / 3600)
