@@ -8,7 +8,7 @@ from scott import reproduction
 from scott.data import InputError
 
 RESULTS = Path(__file__).parents[1] / 'nbs' / 'results'
-TOY = ('--preset demo --epochs 1 --warmup-epochs 0 --embed-dim 32 --depth 1 --predictor-depth 1 --img-size 32 '
+TOY = ('--preset demo --epochs 1 --warmup-epochs 0 --embed-dim 32 --depth 1 --predictor-depth 1 --img-size 48 '
        '--batch-size 400 --log-every 2 --checkpoint-minutes 0')
 
 
