@@ -50,7 +50,7 @@ CAPTIONS = dict(  # name -> (what to look for, in two sentences; what is drawn, 
                'gives nearly the same to all. A map says what is read, not what it is used for.',
                'Images with a cross on one patch, and the attention of each head from there as heat maps.'),
     search=('The frame marks the patch that is most like the query: is it the same part there? '
-            'Red is alike and white unrelated, after what all images share was taken away.',
+            'One red square proves nothing: unrelated patches are white (0) on average only, single ones are not.',
             'Images, and the cosines of all their patches with one patch of the first image.'),
     pairs=('Lines that join the same parts of two images of one class are good signs, lines from object to background '
            'are chance. The number of pairs says little, because noise makes pairs too.',
@@ -212,16 +212,16 @@ def draw(
     else: pictures['map'] = 'A map of the test images', map_figure(means, labels, data.classes, seed)
     heat = visibility(cfg, grid, generator)
     pictures['masks'] = 'What the context encoder was shown', mask_figure(sample[:k], keep, heat)
-    return describe(run, cfg, data, options, len(sample), left_out), pictures
+    return describe(run, cfg, data, options, state, len(sample), left_out), pictures
 
 # %% ../nbs/35_gallery.ipynb #a3a815d9
-def describe(run, cfg, data, options, read, left_out):
+def describe(run, cfg, data, options, state, read, left_out):
     "What stands in the head of the gallery: name -> text."
     elsewhere = '' if (options.data or cfg.data) == cfg.data else f'; the run was trained on {cfg.data}'
-    steps = read_metrics(run)
+    log = read_metrics(run)  # goes on after the last save, whose weights are drawn
+    step = f'at most {log[-1]["step"]:,}, the last of metrics.jsonl' if log else 'unknown (no metrics.jsonl)'
     facts = {'run': run.resolve().name, 'data': f'{data.name}, test split{elsewhere}',
-             'step': f'{steps[-1]["step"]:,}' if steps else 'unknown (no metrics.jsonl)',
-             'image size': f'{cfg.img_size} px', 'seed': options.seed,
+             'step': f'{state["step"]:,}' if state else step, 'image size': f'{cfg.img_size} px', 'seed': options.seed,
              'images': f'{options.images} shown, {read} read for means, fits and map, of {len(data):,}',
              'columns': f'random: the state this run began with (its seed was {cfg.seed}); trained: its target encoder'}
     return {**facts, **({'left out': '; '.join(left_out)} if left_out else {})}

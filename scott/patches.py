@@ -112,10 +112,11 @@ def pairs_figure(
         ax.imshow(both.permute(1, 2, 0).numpy())
         ax.set_title(f'{name}: {len(found)} mutual pairs', fontsize=9)
         ax.set_frame_on(False)
-        for k, pair in enumerate(found[:most].tolist()):
+        for k, pair in enumerate(found[:most].tolist()):  # from cyan to magenta
             (y, x), (v, u) = (divmod(n, grid[1]) for n in pair)
             ends = [(x + .5) * side, (u + .5) * side + width + gap], [(y + .5) * side, (v + .5) * side]
-            ax.plot(*ends, '-o', color=colormaps['cool'](k / most), lw=1.2, ms=4, mec='white', mew=.6)
+            color = colormaps['cool'](k / max(1, len(found[:most]) - 1))
+            ax.plot(*ends, '-o', color=color, lw=1.2, ms=4, mec='white', mew=.6)
     return fig
 
 # %% ../nbs/34_patches.ipynb #9c34d87d
@@ -200,16 +201,16 @@ def prediction_figure(
     filled: dict,  # name -> (predicted, true): two (B, 3, H, W) from `fill_hidden`
 ) -> Figure:
     "A row per image: the image, what was seen; for each network agreement, nearest patches to prediction and truth."
-    fig = Figure(figsize=(1.2 * (2 + 3 * len(heat)) + .8, 1.2 * len(images) + .5), layout='constrained')
+    fig = Figure(figsize=(1.2 * (2 + 3 * len(heat)) + .8, 1.2 * len(images) + .7), layout='constrained')
     axes = blank_axes(fig, len(images), 2 + 3 * len(heat))
     rows = round((keep.shape[1] * images.shape[-2] / images.shape[-1]) ** .5)
     columns, names = [images, mask_image(images, keep)], ['image', 'seen']
     for name, cosines in heat.items():
         columns += [cosines.unflatten(1, (rows, -1)), *filled[name]]
-        names += [f'{name}\nagreement {cosines.nanmean():.2f}', f'{name}: patches\nlike the prediction',
-                  f'{name}: patches\nlike the target']
+        names += [f'{name}\nagreement\n{cosines.nanmean():.2f}', f'{name}\npatches like\nprediction',
+                  f'{name}\npatches like\ntarget']
     for column, pictures, name in zip(axes.T, columns, names):
-        column[0].set_title(name, fontsize=7)
+        column[0].set_title(name, fontsize=9)
         for ax, picture in zip(column, pictures):
             if picture.ndim == 3: ax.imshow(picture.permute(1, 2, 0).numpy())
             else: shown = ax.imshow(picture.numpy(), vmin=-1, vmax=1, cmap='RdBu_r')

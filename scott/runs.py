@@ -205,8 +205,10 @@ def read_metrics(
 ) -> list:  # one dict per line of metrics.jsonl
     "The metrics of a run, in order."
     path = Path(run) / 'metrics.jsonl'
-    whole = path.read_text().rpartition('\n')[0] if path.is_file() else ''  # without a last line that was cut
-    return [json.loads(line) for line in whole.splitlines()]
+    try:
+        whole = path.read_text().rpartition('\n')[0] if path.is_file() else ''  # without a last line that was cut
+        return [json.loads(line) for line in whole.splitlines()]
+    except ValueError as e: raise InputError(f'{path} is damaged ({e}): restore it') from e
 
 # %% ../nbs/27_runs.ipynb #aa887393
 def describe_machine(

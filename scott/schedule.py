@@ -105,11 +105,12 @@ def update(
 ):
     "Optimizer and target; a step whose loss or gradient is no number leaves the weights as they are."
     opt, scaler, on = trainer.opt, trainer.scaler, trainer.on
-    norms = part_norms([p.grad for g in opt.param_groups for p in g['params']], trainer.rows)
+    params = [p for g in opt.param_groups for p in g['params']]
+    norms = part_norms([torch.zeros_like(p) if p.grad is None else p.grad for p in params], trainer.rows)
     total = loss if scaler.is_enabled() else loss + norms.sum()  # scaled ones may overflow
     bad, loss = trainer.group.mean(torch.stack([(~total.isfinite()).float(), loss])).unbind()  # over all processes
     bad = (bad > 0).float()  # 0 or 1
-    norms = (norms / scaler.scale(torch.ones_like(loss))).nan_to_num(0., 0., 0.)
+    norms = norms / scaler.scale(torch.ones_like(loss))
     if scaler.is_enabled() or 'optimizer' in on:
         if not scaler.is_enabled(): opt.found_inf = bad
         scaler.step(opt)
@@ -120,7 +121,8 @@ def update(
     else: plain_ema(trainer.jepa.target, trainer.jepa.context, now['momentum'])
     bad = bad.long()
     trainer.loss_sum += torch.where(bad > 0, 0., loss)
-    trainer.norm_sum += torch.where(bad > 0, 0., norms)
+    counted = (bad == 0) & norms.isfinite().all()
+    trainer.norm_sum += torch.where(counted, torch.cat([norms, torch.ones_like(norms[:1])]), 0.)
     trainer.bad[:2] += bad
     trainer.bad[2] += bad * (trainer.bad[0] == 1) * trainer.step
     if 'queue' not in on: loss.item()

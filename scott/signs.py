@@ -30,10 +30,11 @@ def rankme(
 
 # %% ../nbs/17_signs.ipynb #9fbf4632
 def mean_cosine(
-    x: Tensor,  # (B, D): the mean token of each image, B >= 2
-) -> Tensor:  # between -1 and 1; 1 = all images look alike
+    x: Tensor,  # (B, D): the mean token of each image
+) -> Tensor:  # between -1 and 1; 1 = all images look alike; nan for a single image
     "Mean cosine between any two images; not centered, since what all images share is what it looks for."
     unit, b = F.normalize(x, dim=-1), len(x)
+    if b < 2: return x.new_tensor(float('nan'))  # there are no pairs
     return (unit.sum(0).square().sum() - b) / (b * (b - 1))
 
 # %% ../nbs/17_signs.ipynb #3d284ed3
@@ -41,7 +42,7 @@ def mean_cosine(
 def look(
     tokens: Tensor,  # (B, N, D): layer-normalized tokens of the target
 ) -> dict:  # feature_std, rankme, cosine
-    "How far, in how many directions, and whether images differ; the device is read once."
+    "How far, in how many directions, and whether images differ; the device is read a few times."
     flat = tokens.float().flatten(0, 1)
     found = flat.std(0).mean(), rankme(flat), mean_cosine(tokens.float().mean(1))
     return dict(zip(('feature_std', 'rankme', 'cosine'), torch.stack([f.double() for f in found]).tolist()))
@@ -94,7 +95,7 @@ def knn(
 
 # %% ../nbs/17_signs.ipynb #edda9889
 class Neighbors:
-    "A quick look: 10 nearest neighbors among four fifths of some labeled images, for the last fifth of each class."
+    "A quick look: every fifth image of each class asks its 10 nearest neighbors among the others."
     def __init__(self,
         images: Tensor,  # (N, 3, H, W)
         labels: Tensor):  # (N,) classes, from 0
@@ -112,7 +113,7 @@ class Neighbors:
         votes = knn(x[~held], y[~held], 10, int(y.max()) + 1)(x[held])
         return 100 * (votes.argmax(1) == y[held]).double().mean().item()
 
-# %% ../nbs/17_signs.ipynb #917e67c5
+# %% ../nbs/17_signs.ipynb #b30ecb02
 ENOUGH = 5_000  # steps before a k-NN figure below random means something
 
 class Rule(NamedTuple):
@@ -124,13 +125,13 @@ class Rule(NamedTuple):
     curves: tuple  # the keys that betray it
     page: str
 
-def unexplained(line: dict) -> float:  # 1 = the predictor knows the mean only, 0 = it knows everything
-    "The share of the target's variance that the predictor misses, from a line of metrics."
-    return 2 * line['loss'] / max(line['feature_std'], 1e-6) ** 2
+def unexplained(line: dict) -> float:  # about 0.85 to 1 = it knows the mean only, 0 = it knows everything
+    "About the share of the target's variance that the predictor misses, from a line of metrics; nan if it lacks one."
+    return 2 * line.get('loss', float('nan')) / max(line.get('feature_std', float('nan')), 1e-6) ** 2
 
 def _collapsed(m, warm):
-    if not warm: return m['feature_std'] < .01
-    return m['feature_std'] < .05 or m.get('rankme', 9) < 2 or m.get('cosine', 0) > .99
+    if not warm: return m.get('feature_std', 1) < .01
+    return m.get('feature_std', 1) < .05 or m.get('rankme', 9) < 2 or m.get('cosine', 0) > .99
 
 def _untrained(m, warm):
     norms = [m[f'grad_{part}'] for part in PARTS if f'grad_{part}' in m]
@@ -149,7 +150,7 @@ RULES = (
          'hidden?', ('loss', 'feature_std'), '10_masking'),
 )
 
-# %% ../nbs/17_signs.ipynb #8de9e35a
+# %% ../nbs/17_signs.ipynb #ff7b30d3
 def verdict(
     metrics: list,  # lines of metrics.jsonl, in order
 ) -> dict:  # word, alarm (bool), since (a step), curves (their keys), text
@@ -168,8 +169,9 @@ def verdict(
     beside, gain, noise = 'no k-NN figure', 0., 0.
     if looks:
         now, start, n = (looks[-1][k] for k in ('knn', 'knn_random', 'knn_images'))
-        gain, noise = now - start, 2 * (start * (100 - start) / n) ** .5
-        beside = f'k-NN {now:.1f} % against {start:.1f} ± {noise:.1f} % at random'
+        p = (now + start + 100 / n) / 2  # half an image more than measured, for the noise is not 0 at 0 %
+        gain, noise = now - start, 2 * (2 * p * max(100 - p, 0) / n) ** .5
+        beside = f'k-NN {now:.1f} % against {start:.1f} % at random (noise ± {noise:.1f})'
     if gain > noise: return say('learning', looks[-1]['step'], beside)
     if last['step'] < ENOUGH: return say('early', last['step'], f'too early to tell ({beside})')
     if len(looks) < 2 or max(m['knn'] - m['knn_random'] for m in looks[-2:]) > 0:
@@ -179,33 +181,33 @@ def verdict(
 
 # %% ../nbs/17_signs.ipynb #1a2f3b4b
 PANEL = (
-    ('loss', ('loss',), ()),
-    ('feature std; mean cosine', ('feature_std', 'cosine'), (.05, .99)),
-    ('RankMe of the tokens', ('rankme',), (2,)),
-    ('distance target–context', ('distance',), (1.5,)),
-    ('gradient norms', tuple(f'grad_{part}' for part in PARTS), ()),
-    ('k-NN on held-out images, %', ('knn', 'knn_random'), ()),
+    ('loss', dict(loss=None)),  # title, and curve -> its limit
+    ('std, cosine, unexplained share', dict(feature_std=.05, cosine=.99, unexplained=1 / 3)),
+    ('RankMe of the tokens', dict(rankme=2)),
+    ('distance target–context', dict(distance=1.5)),
+    ('gradient norms', {f'grad_{part}': None for part in PARTS}),
+    ('k-NN on held-out images, %', dict(knn=None, knn_random=None)),
 )
 
 def panel(
     metrics: list,  # lines of metrics.jsonl, in order
 ) -> Figure:
     "Six plots against the step, with the verdict as title; what an older run has not measured stays empty."
-    fig = Figure(figsize=(10, 5), layout='constrained')
-    for ax, (title, keys, limits) in zip(fig.subplots(2, 3).flat, PANEL):
-        measured = [key for key in keys if any(key in m for m in metrics)]
+    fig, said = Figure(figsize=(10, 5), layout='constrained'), verdict(metrics)
+    metrics = [{'unexplained': unexplained(m), **m} for m in metrics]
+    for ax, (title, limits) in zip(fig.subplots(2, 3).flat, PANEL):
+        measured = [key for key in limits if any(key in m for m in metrics)]
         for key in measured:
             lines = [m for m in metrics if key in m]
             dots = 'o' if key.startswith('knn') else None
-            ax.plot([m['step'] for m in lines], [m[key] for m in lines], lw=1.2, marker=dots, ms=3,
-                    label=key.removeprefix('grad_'))
-        for limit in limits: ax.axhline(limit, color='gray', ls=':', lw=1)
+            curve, = ax.plot([m['step'] for m in lines], [m[key] for m in lines], lw=1.2, marker=dots, ms=3,
+                             label=key.removeprefix('grad_'))
+            if limits[key]: ax.axhline(limits[key], color=curve.get_color(), ls=':', lw=1)
         ax.set(title=title, xlabel='step'); ax.grid(alpha=.3)
         if title == 'gradient norms': ax.set_yscale('log', nonpositive='mask')
-        else: ax.set_ylim(0, None)
+        else: ax.set_ylim(0, 1.6 if 'unexplained' in limits else None)  # which is large in the first lines
         if len(measured) > 1: ax.legend(fontsize=7)
         if not measured: ax.text(.5, .5, 'not measured', transform=ax.transAxes, ha='center', color='gray')
-    said = verdict(metrics)
     fig.suptitle(fill(said['text'], 130), fontsize=9, color='tab:red' if said['alarm'] else 'black')
     return fig
 
@@ -213,8 +215,8 @@ def panel(
 def health_line(
     metrics: list,  # lines of metrics.jsonl, in order; at least one
 ) -> str:
-    "Loss, std, rank, k-NN against random, and one word of the verdict."
-    last, looks = metrics[-1], [m for m in metrics if 'knn' in m]
-    beside = ', k-NN {knn:.0f} (random {knn_random:.0f})'.format(**looks[-1]) if looks else ''
-    return f'loss {last["loss"]:.3f}, std {last["feature_std"]:.2f}, rank {last["rankme"]:.0f}{beside}, ' \
-           + verdict(metrics)['word']
+    "Loss, std, rank, k-NN against random, as far as measured, and one word of the verdict."
+    forms = dict(loss='loss {:.3f}', feature_std='std {:.2f}', rankme='rank {:.0f}')
+    said = [form.format(metrics[-1][key]) for key, form in forms.items() if key in metrics[-1]]
+    said += ['k-NN {knn:.0f} (random {knn_random:.0f})'.format(**m) for m in metrics if 'knn' in m][-1:]
+    return ', '.join([*said, verdict(metrics)['word']])

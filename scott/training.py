@@ -33,7 +33,6 @@ from .signs import PARTS, Neighbors, health_line, look, panel, rows_of_parts, ve
 # %% ../nbs/23_training.ipynb #8dc35b93
 class Trainer:
     "A run: networks, optimizer, the step reached, and the folder it is written to."
-
     def __init__(self, cfg: Config, data: ImageSet, group: Group | None = None):
         self.cfg, self.data, self.group, self.run, self.step = cfg, data, group or Group(), Path(cfg.out), 0
         self.on = on = levers_on(cfg)
@@ -52,7 +51,7 @@ class Trainer:
         self.rows = rows_of_parts(self.jepa, [p for g in self.opt.param_groups for p in g['params']])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.loss_sum = torch.zeros((), device=self.device)  # of good steps since the last line of metrics
-        self.norm_sum = torch.zeros(3, device=self.device)  # the same of the gradients' norms, by part
+        self.norm_sum = torch.zeros(4, device=self.device)  # of the gradients' norms, by part; steps in these sums
         self.bad = torch.zeros(3, dtype=torch.int64, device=self.device)  # bad steps: all, since the line, the first
 
     def train_step(self):
@@ -75,8 +74,7 @@ def get_state(trainer: Trainer) -> dict:
     "Everything a run needs to go on as if it had not stopped; generators have no state, see `stream`."
     return dict(step=trainer.step, jepa=trainer.jepa.state_dict(), optimizer=trainer.opt.state_dict(),
                 scaler=trainer.scaler.state_dict(), loss_sum=trainer.loss_sum, norm_sum=trainer.norm_sum,
-                bad=trainer.bad,
-                identity=identity(trainer.cfg, len(trainer.data.images)))
+                bad=trainer.bad, identity=identity(trainer.cfg, len(trainer.data.images)))
 
 def set_state(
     trainer: Trainer,
@@ -93,7 +91,8 @@ def set_state(
     trainer.jepa.load_state_dict(state['jepa'])
     load_optimizer(trainer.opt, state['optimizer'])
     if state['scaler']: trainer.scaler.load_state_dict(state['scaler'])  # empty if the run did not scale so far
-    for k in {'loss_sum', 'norm_sum', 'bad'} & set(state): setattr(trainer, k, state[k].to(trainer.device))
+    for k in {'loss_sum', 'norm_sum', 'bad'} & set(state):
+        if state[k].shape == getattr(trainer, k).shape: setattr(trainer, k, state[k].to(trainer.device))  # or old
     if trainer.cfg.on_nan == 'stop': trainer.bad.zero_()  # steps that were skipped before, as asked for then
 
 # %% ../nbs/23_training.ipynb #d0ea1033
@@ -140,12 +139,13 @@ def log(
     skipped, since, _ = trainer.bad.tolist()
     if trainer.scaler.is_enabled() and trainer.scaler.get_scale() < 1:
         raise InputError(f'gradients have overflowed 16 bits again and again before step {trainer.step}: use --amp off')
-    loss, *norms = (torch.cat([trainer.loss_sum[None], trainer.norm_sum]) / max(steps - since, 1)).tolist()
+    loss, *norms, count = torch.cat([trainer.loss_sum[None] / max(steps - since, 1), trainer.norm_sum]).tolist()
     with trainer.autocast(): features = trainer.jepa.targets(target)  # b n d
     line = dict(step=trainer.step, epoch=trainer.step / trainer.per_epoch, loss=loss, **look(features),
                 distance=weight_distance(trainer.jepa.context, trainer.jepa.target).item(),
-                **{f'grad_{part}': norm for part, norm in zip(PARTS, norms)}, **now, skipped=skipped,
+                **{f'grad_{part}': norm / max(count, 1) for part, norm in zip(PARTS, norms)}, **now, skipped=skipped,
                 images_per_s=steps * made * trainer.cfg.batch_size / seconds, data_wait=trainer.feed.waited / seconds)
+    line = {k: v for k, v in line.items() if abs(v) < float('inf')}  # neither nan nor infinite
     span = trainer.cfg.knn_every * trainer.per_epoch
     if trainer.neighbors and trainer.step // span > (trainer.step - steps) // span:
         line.update(knn=quick_knn(trainer, trainer.jepa), knn_random=trainer.knn_random, knn_images=trainer.neighbors.n)
@@ -156,15 +156,13 @@ def log(
     return line
 
 # %% ../nbs/23_training.ipynb #4920fe75
-def fit(
-    trainer: Trainer,
-) -> StopSignal:  # its `name` is that of the signal that ended the run, or None
+def fit(trainer: Trainer) -> StopSignal:  # its `name` is that of the signal that ended the run, or None
     "Steps until the last epoch is over, a line of metrics every `log_every`, a checkpoint every few minutes."
     cfg, total, first = trainer.cfg, trainer.cfg.epochs * trainer.per_epoch, trainer.group.rank == 0
     logged = saved = time.monotonic()
     begun, last = trainer.step, trainer.step - trainer.step % cfg.log_every
     bar, leave = tqdm(total=total, initial=trainer.step, unit='step', mininterval=1, disable=not first), False
-    metrics, alarmed = read_metrics(trainer.run), False
+    metrics, alarmed = read_metrics(trainer.run), None  # or the word of the last alarm
     with StopSignal() as stop, bar:
         while trainer.step < total and not leave:
             _, now, target = trainer.train_step()
@@ -172,11 +170,13 @@ def fit(
             lines = trainer.step % cfg.log_every == 0 or trainer.step == total
             if lines:
                 made = (trainer.step - max(begun, last)) / (trainer.step - last)  # the rest was before a resume
-                metrics.append(log(trainer, now, target, trainer.step - last, time.monotonic() - logged, made))
-                logged, last, said = time.monotonic(), trainer.step, verdict(metrics)
+                before, logged = logged, time.monotonic()  # so that the time of `log` itself counts in the next line
+                metrics.append(log(trainer, now, target, trainer.step - last, logged - before, made))
+                last, said = trainer.step, verdict(metrics)
                 bar.set_postfix_str(health_line(metrics))
-                if first and said['alarm'] and not alarmed: bar.write(said['text'])
-                alarmed |= said['alarm']
+                word = said['word'] if said['alarm'] else alarmed
+                if first and word != alarmed: bar.write(said['text'])
+                alarmed = word
             if lines or trainer.group.world == 1: leave = trainer.group.any(stop.name)  # all stop at the same step
             if first and time.monotonic() - saved > 60 * cfg.checkpoint_minutes:
                 save(trainer)
@@ -185,11 +185,8 @@ def fit(
     return stop
 
 # %% ../nbs/23_training.ipynb #4dd7dba8
-def prepare(
-    cfg: Config,
-    group: Group,
-) -> tuple:  # (Trainer, the state to go on from or None)
-    "Check everything that can be refused, then load the images; process 0 comes first, the others find its cache."
+def prepare(cfg: Config, group: Group) -> tuple:  # (Trainer, the state to go on from or None)
+    "Check what can be refused, then load; process 0 first, the others find its cache. About 10,000 images for a k-NN."
     run, again = Path(cfg.out), group.restarts > 0 and launch_of(cfg.out) == group.launch
     if not cfg.resume and not again and run.exists() and (run.is_file() or any(run.iterdir())):
         raise InputError(f'{run} exists: add --resume to go on with it, or name another --out')
@@ -202,7 +199,10 @@ def prepare(
                         on_bad_image=cfg.on_bad_image)
         group.wait()
     trainer = Trainer(cfg, data, group)
-    if group.rank == 0 and (shown := labeled(cfg)): trainer.neighbors = Neighbors(shown.images, shown.labels)
+    if group.rank == 0 and (shown := labeled(cfg)):
+        s = max(1, len(shown.images) // 10_000)  # every s-th image
+        looking = Neighbors(shown.images[::s], shown.labels[::s])
+        trainer.neighbors = looking if looking.n else None
     return trainer, state
 
 # %% ../nbs/23_training.ipynb #988d0b51

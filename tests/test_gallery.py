@@ -26,7 +26,7 @@ def write_run(run, checkpoint=True, **changes):
     cfg = Config(**{**TOY, 'data': f'folder:{run.parent}/images', 'out': str(run), **changes})
     run.mkdir()
     (run / 'config.json').write_text(json.dumps({**asdict(cfg), 'images': 60}))
-    (run / 'metrics.jsonl').write_text('{"step": 1234}\n')
+    (run / 'metrics.jsonl').write_text('{"step": 1300}\n')  # younger than the last save
     jepa, g = build(cfg), torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in jepa.parameters(): p.add_(.02 * torch.randn(p.shape, generator=g))
@@ -125,7 +125,8 @@ def test_without_a_checkpoint_the_rest_is_drawn(place, tmp_path, capsys, damage,
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and lines[0].startswith('left out: the predictor: ') and says in lines[0]
     assert {p.stem for p in (tmp_path / 'out').glob('*.png')} == set(ALL) - {'prediction'}
-    assert lines[0].split(';')[0] in (tmp_path / 'out' / 'gallery.html').read_text().replace('</dt><dd>', ': ')
+    text = (tmp_path / 'out' / 'gallery.html').read_text().replace('</dt><dd>', ': ')
+    assert lines[0].split(';')[0] in text and 'step: at most 1,300' in text
 
 
 def test_other_data_registers_and_few_images(place, tmp_path, capsys):

@@ -24,6 +24,15 @@ def test_a_healthy_run_raises_no_alarm(tmp_path, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('defect, word', [('healthy, sparse', None), ('weak EMA, sparse', 'collapsed')])
+def test_with_the_sparse_tokenizer_a_weak_average_collapses(tmp_path, defect, word):
+    metrics = toy_run(defect, tmp_path/'run', epochs=8)
+    alarm = first_alarm(metrics)
+    assert (alarm and alarm['word']) == word
+    if word: assert max(m['rankme'] for m in metrics[-5:]) < 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('defect', SIGNS)
 @pytest.mark.parametrize('seed', range(5))
 def test_a_sick_run_is_named_by_its_sign(tmp_path, defect, seed, figure):

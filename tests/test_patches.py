@@ -204,3 +204,13 @@ def test_figures():
     (x0, x1), (y0, y1) = (lines.axes[0].lines[0].get_data(orig=True))
     assert (x0, y0) == (8, 8) and x1 > 64 + 48 and y1 == 56  # patch 0 to patch 15 of the image at the right
     assert not lines.axes[1].lines and '0 mutual' in lines.axes[1].get_title()
+
+
+@pytest.mark.parametrize('count', [1, 2, 5, 40])
+def test_the_order_of_pairs_is_seen_in_few_and_many(count):
+    pairs = torch.arange(count)[:, None].expand(-1, 2) % 16
+    lines = pairs_figure(petals(n=2, size=64)[0], dict(trained=pairs), GRID).axes[0].lines
+    assert len(lines) == min(count, 12)
+    colors = [line.get_color()[:3] for line in lines]
+    assert colors[0] == (0, 1, 1) and len(set(colors)) == len(colors)  # cyan, and no color twice
+    if count > 1: assert colors[-1] == (1, 0, 1)  # to magenta, however few

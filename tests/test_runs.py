@@ -15,8 +15,8 @@ import torch
 from scott import __version__, runs
 from scott.data import InputError
 from scott.encoder import Encoder
-from scott.runs import (StopSignal, clear_parts, describe_machine, digest, load_checkpoint, save_encoder, write_atomic,
-                        write_checkpoint)
+from scott.runs import (StopSignal, clear_parts, describe_machine, digest, load_checkpoint, read_metrics, save_encoder,
+                        write_atomic, write_checkpoint)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -402,3 +402,14 @@ def test_the_second_signal_ends_the_process_at_once():
 def test_the_machine_names_the_version():
     assert describe_machine(torch.device('cpu'))['scott'] == __version__
     assert {'write_checkpoint', 'StopSignal', 'clear_parts'} <= set(runs.__all__)
+
+
+# --- metrics
+
+@pytest.mark.parametrize('damage', [b'{"step": 40, "lo\n', b'{"step": 40}{"step": 60}\n', b'\xff\xfe\n'])
+def test_a_damaged_line_of_metrics_is_named(tmp_path, damage):
+    path = tmp_path/'metrics.jsonl'
+    path.write_bytes(b'{"step": 20}\n{"step": 40, "lo')
+    assert read_metrics(tmp_path) == [{'step': 20}]  # a last line that was cut is no damage
+    path.write_bytes(b'{"step": 20}\n' + damage + b'{"step": 80}\n')
+    with pytest.raises(InputError, match=r'metrics\.jsonl is damaged .*: restore it'): read_metrics(tmp_path)

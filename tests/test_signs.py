@@ -50,6 +50,7 @@ def test_mean_cosine_is_that_of_all_pairs():
     pairs = [F.cosine_similarity(x[i], x[j], 0) for i in range(9) for j in range(9) if i != j]
     assert mean_cosine(x).item() == pytest.approx(torch.stack(pairs).mean().item(), abs=1e-6)
     assert mean_cosine(x[:1].expand(5, -1)).item() == pytest.approx(1, abs=1e-6)
+    for one in (x[:1], 3 * x[:1], torch.full((1, 3), .7)): assert math.isnan(mean_cosine(one))  # rounding could give inf
 
 
 def test_look_tells_collapsed_from_random_features(figure):
@@ -149,12 +150,25 @@ def test_near_collapse_in_warm_up_is_no_alarm():
     assert verdict(gone[:5])['word'] == 'collapsed'  # so little that the warm-up is no excuse
 
 
-@pytest.mark.parametrize('steps, knn, word', [(1000, 15., 'early'), (1000, 23., 'early'), (1000, 30., 'learning'),
-                                              (6000, 15., 'no better'), (6000, 23., 'unclear'), (6000, 30., 'learning')])
+@pytest.mark.parametrize('steps, knn, word', [(1000, 15., 'early'), (1000, 23., 'early'), (1000, 25., 'early'),
+                                              (1000, 30., 'learning'), (6000, 15., 'no better'), (6000, 25., 'unclear'),
+                                              (6000, 30., 'learning')])
 def test_neighbors_against_random(steps, knn, word):
     said = verdict(story(steps // 20, knn=knn, knn_random=20., knn_images=400))
     assert said['word'] == word and said['alarm'] == (word == 'no better')
-    assert '20.0 ± 4.0 %' in said['text']
+    p = (knn + 20 + .25) / 200  # both figures vary, each with p (1 - p) / n; plus half an image of 400
+    assert f'20.0 % at random (noise ± {200 * math.sqrt(2 * p * (1 - p) / 400):.1f})' in said['text']
+
+
+def test_noise_is_that_of_both_figures_and_never_0():
+    said = lambda knn, start, n: verdict(story(knn=knn, knn_random=start, knn_images=n))['word']
+    p, n, draws = .2, 400, 4000
+    rng = np.random.default_rng(0)
+    pairs = 100 * rng.binomial(n, p, (draws, 2)) / n  # the same p: no gain at all
+    lucky = np.mean([said(now, start, n) == 'learning' for now, start in pairs[:1000]])
+    assert lucky < .04  # beyond 2 standard deviations on one side: 2.3 %; with one figure's variance alone 8 %
+    assert said(.5, 0., 200) == 'early' and said(5., 0., 200) == 'learning'  # one image of 200; ten
+    assert said(100., 100., 50) == 'early'
 
 
 @pytest.mark.parametrize('name', [p.parent.name for p in sorted(RESULTS.glob('*/metrics.jsonl'))])
@@ -169,7 +183,10 @@ def test_stored_runs_raise_no_alarm_at_any_line(name):
 def test_panel_has_six_plots_and_shows_what_there_is():
     metrics = story(knn=lambda i: 20. + i, knn_random=20., knn_images=400)
     fig = panel(metrics)
-    assert len(fig.axes) == 6 and sum(len(ax.get_lines()) for ax in fig.axes) == 1 + 4 + 2 + 2 + 3 + 2  # with 4 limits
+    assert len(fig.axes) == 6 and sum(len(ax.get_lines()) for ax in fig.axes) == 1 + 6 + 2 + 2 + 3 + 2  # with 5 limits
+    for ax in fig.axes:
+        curves, limits = ([c for c in ax.get_lines() if (c.get_linestyle() == ':') == dotted] for dotted in (False, True))
+        assert {c.get_color() for c in limits} <= {c.get_color() for c in curves}  # each as its curve
     assert fig.get_suptitle().replace('\n', ' ') == verdict(metrics)['text']
     old = [{k: m[k] for k in ('step', 'loss', 'feature_std', 'lr')} for m in metrics]
     assert [t.get_text() for ax in panel(old).axes for t in ax.texts] == ['not measured'] * 4
@@ -178,3 +195,13 @@ def test_panel_has_six_plots_and_shows_what_there_is():
 
 def test_features_that_are_no_numbers_are_measured_and_not_an_error():
     assert math.isnan(look(torch.full((4, 9, 8), math.nan))['rankme'])
+    left = [{k: v for k, v in m.items() if k not in ('feature_std', 'rankme', 'cosine')} for m in story()]
+    assert verdict(left)['word'] == 'early' and health_line(left) == 'loss 0.190, early' and len(panel(left).axes) == 6
+    assert math.isnan(unexplained(left[0]))
+
+
+def test_who_knows_the_mean_only_leaves_085_to_1_unexplained():
+    for std in (.05, .3, .7, 1.):
+        tokens = std * randn(10 ** 5)
+        share = unexplained(dict(loss=F.smooth_l1_loss(tokens, torch.zeros_like(tokens)).item(), feature_std=std))
+        assert .84 < share < 1.02

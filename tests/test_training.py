@@ -430,7 +430,7 @@ def test_logged_gradient_norms_are_the_means_of_each_part(flowers, tmp_path):
     line = training.log(trainer, now, target, 3, 1.)
     mean = np.mean(seen, 0)
     assert [line['grad_tokenizer'], line['grad_predictor']] == pytest.approx(mean.tolist(), rel=1e-4)
-    assert trainer.norm_sum.tolist() == [0., 0., 0.] and line['grad_encoder'] > 0
+    assert trainer.norm_sum.tolist() == [0., 0., 0., 0.] and line['grad_encoder'] > 0
 
 
 # --- is it learning?
@@ -491,12 +491,90 @@ def test_an_alarm_is_printed_once_and_the_run_goes_on(place, tmp_path, capsys):
     assert len(lines(tmp_path / 'run')) == 6 and out[-1].startswith('done')
 
 
-def test_a_checkpoint_from_before_norms_were_summed_can_be_resumed(flowers):
+def test_another_alarm_is_printed_too(flowers, tmp_path, monkeypatch, capsys):
+    "Every word when it comes, none twice in a row, also when there is calm between."
+    words = iter(['early', 'copied', 'copied', 'early', 'copied', 'runaway', 'runaway', 'copied'])
+    said = lambda word: dict(word=word, alarm=word != 'early', text=f'said {word}')
+    monkeypatch.setattr(training, 'verdict', lambda metrics: said(next(words)))
+    training.fit(toy(flowers, epochs=2, log_every=1, out=str(tmp_path)))
+    out = [line.strip() for line in capsys.readouterr().out.splitlines() if 'said' in line]
+    assert out == ['said copied', 'said runaway', 'said copied']
+
+
+def test_the_time_of_a_log_line_counts_in_the_next_one(flowers, tmp_path, monkeypatch):
+    clock, seconds = [0.], []
+    monkeypatch.setattr(training, 'time', SimpleNamespace(monotonic=lambda: clock[0]))
+    trainer = toy(flowers, epochs=1, warmup_epochs=0, log_every=1, out=str(tmp_path))
+    def log(trainer, now, target, steps, s, made):
+        seconds.append(s)
+        clock[0] += 7.  # a k-NN, say
+        return dict(step=trainer.step, lr=0., loss=1.)
+    monkeypatch.setattr(training, 'log', log)
+    training.fit(trainer)
+    assert seconds == [0., 7., 7., 7.]
+
+
+def test_a_line_of_metrics_is_json_without_nan(flowers, tmp_path):
+    trainer = toy(flowers, batch_size=1, out=str(tmp_path))
+    _, now, target = trainer.train_step()
+    line = training.log(trainer, now, target, 1, 1.)
+    assert 'cosine' not in line and 'rankme' in line  # there is no pair of images
+    trainer.jepa.target.forward = lambda images: torch.full((len(images), 16, 32), math.nan)
+    line = training.log(trainer, now, target, 1, 1.)
+    assert not {'cosine', 'rankme', 'feature_std'} & set(line) and 'loss' in line
+    refuse = lambda word: pytest.fail(word)
+    for text in (tmp_path / 'metrics.jsonl').read_text().splitlines(): json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize('overflow', [(), (2,), (2, 3)])
+def test_steps_that_overflowed_16_bits_do_not_count_in_the_mean_of_norms(flowers, tmp_path, overflow):
+    trainer, seen = toy(flowers, out=str(tmp_path), warmup_epochs=0), []
+    trainer.scaler = torch.amp.GradScaler('cpu', init_scale=1024.)
+    real = trainer.scaler.step
+    def spy(opt):
+        grads = [p.grad / trainer.scaler.get_scale() for p in trainer.jepa.predictor.parameters()]
+        seen.append(torch.nn.utils.get_total_norm(grads).item())
+        return real(opt)
+    trainer.scaler.step = spy
+    for step in (1, 2, 3):
+        handle = trainer.jepa.context.mask_token.register_hook(lambda g: g * (math.inf if step in overflow else 1))
+        _, now, target = trainer.train_step()
+        handle.remove()
+    line = training.log(trainer, now, target, 3, 1.)
+    good = [norm for step, norm in enumerate(seen, 1) if step not in overflow]
+    assert line['grad_predictor'] == pytest.approx(sum(good) / len(good), rel=1e-4) and line['skipped'] == 0
+    assert trainer.norm_sum.tolist() == [0.] * 4
+
+
+def test_a_part_that_is_not_in_the_loss_has_norm_zero(flowers, tmp_path):
+    trainer = toy(flowers, out=str(tmp_path))
+    trainer.student = lambda views, keep: trainer.jepa.context(views, keep)  # the predictor stays, and is not asked
+    _, now, target = trainer.train_step()
+    line = training.log(trainer, now, target, 1, 1.)
+    assert line['grad_predictor'] == 0. < line['grad_encoder']
+
+
+def test_the_quick_knn_takes_every_so_many_of_many_images(labeled, tmp_path, monkeypatch):
+    cfg = make_config(command(tmp_path, 'run', '--data', labeled, '--knn-every', '1'))
+    def shown(n):
+        images = torch.arange(n).view(n, 1, 1, 1).expand(n, 1, 1, 1)
+        return ImageSet(images, torch.arange(n) % 3, torch.ones(n), list('abc'), 'toy', False, [])
+    for n, left in ((100, 100), (10_001, 10_001), (25_000, 12_500)):
+        monkeypatch.setattr(training, 'labeled', lambda cfg: shown(n))
+        looking = training.prepare(cfg, parallel.Group())[0].neighbors
+        assert len(looking.images) == len(looking.labels) == left
+        assert torch.equal(looking.labels, looking.images.flatten() % 3)
+
+
+@pytest.mark.parametrize('old', ['none', 'three'])
+def test_a_checkpoint_from_before_norms_were_summed_can_be_resumed(flowers, old):
     first, second = toy(flowers), toy(flowers)
     steps(first, 3)
-    state = {k: v for k, v in copy.deepcopy(get_state(first)).items() if k != 'norm_sum'}
+    state = copy.deepcopy(get_state(first))
+    norm_sum = state.pop('norm_sum')
+    if old == 'three': state['norm_sum'] = norm_sum[:3]  # without the number of steps in them
     set_state(second, state)
-    assert steps(first, 2) == steps(second, 2)
+    assert steps(first, 2) == steps(second, 2) and second.norm_sum[3] == 2
 
 
 # --- a loss that is no number
