@@ -16,7 +16,7 @@ demo: $(READY)  ## pre-train on the embedded data on a CPU, probe, draw: a few m
 	@[ ! -e runs/demo/.made-by-make-demo ] || rm -rf runs/demo
 	@[ -e runs/demo ] || trap 'touch runs/demo/.made-by-make-demo 2>/dev/null' EXIT; \
 	  $(BIN)/scott_pretrain --preset demo --out runs/demo
-	$(BIN)/scott_probe runs/demo --probes knn,linear,cross
+	$(BIN)/scott_probe runs/demo --probes knn,linear
 	$(BIN)/scott_visualize runs/demo
 
 # $(call unchanged,FOLDER,PATTERN,COMMAND): COMMAND runs and must leave the FOLDER's files as they were
