@@ -110,7 +110,6 @@ class Judge:
         need = self.heads * 2e-9 * numbers  # float16
         if need > cfg.cache_gb: raise InputError(f'the tokens take {need:.2g} GB: raise --cache-gb or drop heads')
         self.seeds = tuple(range(cfg.seed, cfg.seed + cfg.seeds))
-        self.short = ''.join(c if c.isalnum() else '-' for c in Path(self.train.name).name)
         self.last = step_reached(self.run)
         if self.squashed and self.squashed.names != self.train.names:
             raise InputError(f'{self.train.name}: other images are broken in another view: mend them')
@@ -230,7 +229,8 @@ def merged(
     if made(old) != made(report): return report
     here = {(r['probe'], r['encoder']) for r in report['rows']}
     rows = report['rows'] + [r for r in old['rows'] if (r['probe'], r['encoder']) not in here]
-    return {**report, 'rows': rows}
+    held = ','.join(name for name in NAMES if any(r['probe'] == name for r in rows))
+    return {**report, 'rows': rows, 'flags': {**report['flags'], 'probes': held}}
 
 # %% ../nbs/38_report.ipynb #75ca0d57
 def main(

@@ -4,6 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from scott.petals import petals
 
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic products on a GPU; read when CUDA starts
 
@@ -12,6 +15,15 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes more than a few seconds; skip with -m "not slow"')
     config.addinivalue_line('markers', 'cuda: needs a CUDA device')
     config.figures = []
+
+
+def write_images(folder, count, size=32, classes=('a', 'b', 'c')):
+    "Small PNG flowers, one sub-folder a class."
+    for i, image in enumerate(petals(count, size)[0]):
+        path = folder / classes[i % len(classes)] / f'{i:03}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    return folder
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from conftest import write_images
 from PIL import Image
 
 from scott.config import Config, build, identity
 from scott.gallery import CAPTIONS, SAMPLE, Options, check_options, draw_sample, main, page
-from scott.petals import petals
 from scott.runs import write_checkpoint
 
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
@@ -40,10 +40,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp('gallery')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('SCOTT_CACHE', str(folder / 'cache'))
-        for i, image in enumerate(petals(n=60, size=80)[0]):  # 3 classes of 20, 12 test images
-            path = folder / 'images' / f'class{i % 3}' / f'{i}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+        write_images(folder / 'images', 60, 80)  # 3 classes of 20, 12 test images
         write_run(folder / 'run')
         yield folder
 
@@ -131,7 +128,7 @@ def test_without_a_checkpoint_the_rest_is_drawn(place, tmp_path, capsys, damage,
 
 def test_other_data_registers_and_few_images(place, tmp_path, capsys):
     run = write_run(tmp_path / 'run', reg_tokens=2, mask='multiblock', tokenizer='patch')
-    main([str(run), '--data', f'folder:{place}/images/class0', '--images', '1'])  # 4 test images, without labels
+    main([str(run), '--data', f'folder:{place}/images/a', '--images', '1'])  # 4 test images, without labels
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and 'the map' in lines[0]
     text = (run / 'gallery' / 'gallery.html').read_text()

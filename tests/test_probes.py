@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import write_images
 from scipy.stats import bootstrap
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -20,16 +20,6 @@ from scott.petals import petals
 from scott.signs import knn
 
 NAMES = 'knn linear simple multihead cross'.split()
-
-
-def write_images(folder, count, classes=('a', 'b', 'c')):
-    "Small PNG flowers, one sub-folder a class."
-    images, _ = petals(count, size=32)
-    for i, image in enumerate(images):
-        path = folder / classes[i % len(classes)] / f'{i:03}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
-    return folder
 
 
 @pytest.fixture
@@ -382,9 +372,9 @@ def test_spoiled_weights_are_named(run, capsys):
 def test_labels_that_no_probe_can_use(run, data, tmp_path, capsys):
     assert 'no labels' in fails(capsys, run, '--data', f'folder:{data / "a"}')
     one = write_images(tmp_path / 'one', 20)
-    write_images(one, 1, ('rare',))
+    write_images(one, 1, classes=('rare',))
     assert "class 'rare': 1;" in fails(capsys, run, '--data', f'folder:{one}')
-    assert 'two classes' in fails(capsys, run, '--data', f'folder:{write_images(tmp_path / "same", 10, ("a",))}')
+    assert 'two classes' in fails(capsys, run, '--data', f'folder:{write_images(tmp_path / "same", 10, classes=("a",))}')
 
 
 def test_a_class_that_is_only_in_the_test_split(run, data, capsys, monkeypatch):

@@ -3,32 +3,34 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import write_images
 
 from scott import reproduction
 from scott.data import InputError
 
 RESULTS = Path(__file__).parents[1] / 'nbs' / 'results'
-TOY = ('--preset demo --epochs 1 --warmup-epochs 0 --embed-dim 32 --depth 1 --predictor-depth 1 --img-size 48 '
-       '--batch-size 400 --log-every 2 --checkpoint-minutes 0')
+TOY = ('--preset demo --epochs 2 --warmup-epochs 0 --embed-dim 32 --depth 3 --predictor-depth 1 --img-size 48 '
+       '--batch-size 10 --log-every 2 --checkpoint-minutes 0')
 
 
 @pytest.mark.slow
 def test_one_command_makes_a_stored_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(reproduction, 'RUNS', dict(toy=TOY))
+    monkeypatch.setenv('SCOTT_CACHE', str(tmp_path / 'cache'))
+    data = write_images(tmp_path / 'flowers', 60)
+    monkeypatch.setattr(reproduction, 'RUNS', dict(toy=f'{TOY} --data folder:{data}'))
     monkeypatch.setattr(reproduction, 'PROBES', 'knn,linear')
     runs, results = tmp_path / 'runs', tmp_path / 'results'
     reproduction.reproduce('toy', runs, results)
     stored = {p.name for p in (results / 'toy').iterdir()}
-    assert stored == {'config.json', 'metrics.jsonl', 'learning_curve.json', 'probe_petals.json', 'probe_petals_paper.json'}
-    table = json.loads((results / 'toy' / 'probe_petals.json').read_text())
-    assert {r['probe'] for r in table['rows']} == {'knn', 'linear', 'supervised'} and not table['missing']
+    assert stored == {'config.json', 'metrics.jsonl', 'learning_curve.json', 'probe_flowers.json',
+                      'probe_flowers_paper.json', 'probe_flowers_block1.json', 'probe_flowers_raw.json'}
+    table = json.loads((results / 'toy' / 'probe_flowers.json').read_text())
+    assert {r['probe'] for r in table['rows']} == {'knn', 'linear', 'supervised', 'finetune'} and not table['missing']
     curve = json.loads((results / 'toy' / 'learning_curve.json').read_text())
     steps = [c['step'] for c in curve]
-    assert steps[0] == 0 and steps[-1] == table['step'] == 10 and len(steps) == len(set(steps)) > 3
-    again = reproduction.learning_curve(runs / 'toy')
-    assert again == curve
+    assert steps[0] == 0 and steps[-1] == table['step'] == 12 and len(steps) == len(set(steps)) > 3
     reproduction.reproduce('toy', runs, results)  # everything is there: it only probes again
-    assert json.loads((results / 'toy' / 'probe_petals.json').read_text())['rows'][0] == table['rows'][0]
+    assert json.loads((results / 'toy' / 'probe_flowers.json').read_text())['rows'][0] == table['rows'][0]
 
 
 def test_an_unknown_run_is_refused(tmp_path):
