@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SAMPLE', 'CAPTIONS', 'STYLE', 'draw_sample', 'encoder_pictures', 'predictor_picture', 'page', 'png', 'Options',
-           'check_options', 'read_tokens', 'draw', 'describe', 'gallery', 'main']
+           'check_options', 'sample_tokens', 'draw', 'describe', 'gallery', 'main']
 
 # %% ../nbs/35_gallery.ipynb #3fa30eb2
 import base64
@@ -18,13 +18,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .augment import eval_view
-from .config import draw_masks, opt, parse_args, run_cli
+from .config import OfRun, draw_masks, opt, parse_args, run_cli
 from .data import InputError, load
+from .features import check_block, read_tokens
 from .patches import (agreement, fill_hidden, find_figure, find_patch, load_networks, mask_figure, mutual_pairs,
                            own_part, pairs_figure, predict, prediction_figure, visibility)
 from .runs import load_checkpoint, read_metrics, write_atomic
 from .visualize import (attention_figure, attention_maps, choose_images, foreground, load_run, map_figure,
-                             patch_tokens, pca_figure, token_pca)
+                             pca_figure, token_pca)
 
 # %% ../nbs/35_gallery.ipynb #7bbaa93e
 SAMPLE = 600  # test images that means, fits and the map are made from
@@ -147,11 +148,8 @@ def png(figure: Figure) -> bytes:
 
 # %% ../nbs/35_gallery.ipynb #85c89726
 @dataclass
-class Options:
+class Options(OfRun):
     "Draw what a pre-training run has learned, beside its random initialization: gallery.html and its pictures as PNG."
-    run: str = opt(None, 'run folder, the --out of scott_pretrain', str, positional=True)
-    data: str = opt(None, "petals, flowers102, pets37, imagenet100 or folder:PATH (default: the run's)", str)
-    data_root: str = opt(None, 'folder of the data sets (default: $SCOTT_DATA, else ~/.cache/scott)', str)
     images: int = opt(6, 'test images to show, 1 to 64')
     block: int = opt(-1, 'block whose attention is drawn; negative ones count from the last')
     query: str = opt(None, 'ROW,COLUMN of the patch that asks and is searched, from 0 (default: the middle)', str)
@@ -164,11 +162,10 @@ def check_options(
     encoder,  # of the run
 ) -> tuple:  # (row, column) of the query
     "InputError for flags that this run can't follow."
-    (rows, columns), depth = encoder.grid, encoder.depth
+    rows, columns = encoder.grid
     if not 1 <= options.images <= 64: raise InputError(f'--images {options.images}: choose 1 to 64')
     if not 0 <= options.seed < 2 ** 32: raise InputError(f'--seed {options.seed}: choose 0 to {2 ** 32 - 1}')
-    if not -depth <= options.block < depth:
-        raise InputError(f'--block {options.block}: the encoder has {depth} blocks, choose {-depth} to {depth - 1}')
+    check_block(encoder, options.block)
     if options.query is None: return rows // 2, columns // 2
     words = options.query.split(',')
     place = tuple(int(w) for w in words if w.isdecimal())
@@ -177,12 +174,12 @@ def check_options(
     return place
 
 # %% ../nbs/35_gallery.ipynb #48de77ef
-def read_tokens(
+def sample_tokens(
     encoders: dict,  # name -> Encoder
     images: Tensor,  # (M, 3, H, W) uint8
 ) -> dict:  # name -> (M, N, D)
     "The layer-normalized tokens of many images."
-    return {name: torch.cat([patch_tokens(e, eval_view(some)) for some in images.split(64)])
+    return {name: torch.cat([read_tokens(e, eval_view(some)) for some in images.split(64)])
             for name, e in encoders.items()}
 
 # %% ../nbs/35_gallery.ipynb #960037c4
@@ -202,7 +199,7 @@ def draw(
         raise InputError(f'--images {k}: {data.name} has {len(data)} test images' + ', 2 are needed' * (k < 2))
     rows = draw_sample(data.labels, k, seed)
     sample, labels, generator = data.images[rows], data.labels[rows], torch.Generator().manual_seed(seed)
-    tokens, keep = read_tokens(encoders, sample), draw_masks(cfg, k, grid, generator)
+    tokens, keep = sample_tokens(encoders, sample), draw_masks(cfg, k, grid, generator)
     if not tokens['trained'].isfinite().all():
         raise InputError(f'{run / "target"} returns nan for an image: its weights are spoiled')
     pictures = encoder_pictures(encoders, tokens, sample[:k], options.block, query)

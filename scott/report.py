@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .config import Config as Pretraining, opt, parse_args, read_config, run_cli
+from .config import Config as Pretraining, OfRun, opt, parse_args, read_config, run_cli
 from .data import InputError, load
 from .encoder import Encoder, patch_grid
 from .features import (Features, cut, duplicates, learned_from, load_labeled, load_or_encode, pixel_features,
@@ -33,11 +33,8 @@ WHOLE = ('supervised', 'finetune')
 NAMES = (*GRIDS, *HEADS, *(f'{head}+aug' for head in HEADS), *WHOLE)
 
 @dataclass
-class Config:
+class Config(OfRun):
     "Judge a pre-training run by simple classifiers on its frozen features, beside random features and raw pixels."
-    run: str = opt(None, 'run folder, the --out of scott_pretrain', str, positional=True)
-    data: str = opt(None, "petals, flowers102, pets37, imagenet100 or folder:PATH (default: the run's)", str)
-    data_root: str = opt(None, 'folder of the data sets (default: $SCOTT_DATA, else ~/.cache/scott)', str)
     probes: str = opt('knn,linear,simple,multihead,cross',
                       'which, separated by commas; a head with +aug (simple+aug) trains on augmented images, as in the '
                       'paper; finetune and supervised train the whole network')

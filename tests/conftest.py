@@ -4,9 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from scott.petals import petals
+from scott.runs import describe_machine
 
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic products on a GPU; read when CUDA starts
 
@@ -15,6 +17,15 @@ def pytest_configure(config):
     config.addinivalue_line('markers', 'slow: takes more than a few seconds; skip with -m "not slow"')
     config.addinivalue_line('markers', 'cuda: needs a CUDA device')
     config.figures = []
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "Sums over several threads may be added in another order; with one thread, bits can be compared across processes."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def write_images(folder, count, size=32, classes=('a', 'b', 'c')):
@@ -39,9 +50,6 @@ def pytest_sessionfinish(session, exitstatus):
     "`SCOTT_FIGURES=nbs/results/reliability.json pytest tests` writes the figures down if every test passed."
     path = os.environ.get('SCOTT_FIGURES')
     if path and exitstatus == 0:
-        import torch
-
-        from scott.runs import describe_machine
         record = dict(command='SCOTT_FIGURES=nbs/results/reliability.json python -m pytest tests',
                       machine=describe_machine(torch.device('cpu')),
                       figures=sorted(session.config.figures, key=lambda f: f['promise']))

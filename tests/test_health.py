@@ -6,14 +6,7 @@ from scott.health import first_alarm, toy_run
 
 SIGNS = {'no EMA': ('copied', 'distance', 2), 'no predictor': ('untrained', 'grad_predictor', 2),
          'learning rate x 30': ('runaway', 'distance', 2), 'nothing hidden': ('trivial', 'loss', 8)}  # word, curve, epochs
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.mark.slow

@@ -20,15 +20,7 @@ GRIDS = [(3, 3), (4, 4), (5, 5), (6, 6), (7, 7), (14, 14), (16, 16), (24, 24), (
 RATIOS = [0.01, 0.1, 0.2, 0.25, 1 / 3, 0.4, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9, 0.95, 0.999]
 
 every = pytest.mark.parametrize('sampler', SAMPLERS, ids=lambda s: s.__name__)
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    """All tensors here are small: on a busy machine threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def seeded(seed=0, device='cpu'):

@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from scott.augment import eval_view
 from scott.config import Config, build, draw_masks
 from scott.data import InputError
+from scott.features import read_tokens
 from scott.patches import (agreement, fill_hidden, find_figure, find_patch, load_networks, mask_figure, mutual_pairs,
                            own_part, pairs_figure, predict, prediction_figure, visibility)
 from scott.petals import petals
-from scott.visualize import patch_tokens
 
 TOY = Config(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
              device='cpu')
@@ -108,7 +108,7 @@ def test_an_oracle_is_right_everywhere_hidden():
 def test_an_oracle_in_the_place_of_the_predictor():
     images, keep = eval_view(petals(n=3, size=64)[0]), some_keep()
     jepa = build(TOY)
-    targets = patch_tokens(jepa.target, images)
+    targets = read_tokens(jepa.target, images)
     assert agreement(predict(jepa, images, keep), targets, keep, targets.mean(0))[~keep].abs().mean() < .5
     class Oracle(torch.nn.Module):
         def forward(self, tokens): return targets

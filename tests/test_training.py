@@ -28,15 +28,7 @@ from scott.training import Trainer, get_state, main, pretrain, save, set_state
 ROOT = Path(__file__).resolve().parent.parent
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=1, predictor_depth=1, batch_size=16, epochs=3,
            warmup_epochs=1, device='cpu', amp='off', out='unused')
-
-
-@pytest.fixture(autouse=True, scope='module')
-def one_thread():
-    "Sums over several threads may be added in another order; with one thread, bits can be compared across processes."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def images_of(tensor):

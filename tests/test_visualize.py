@@ -12,9 +12,10 @@ from scott.augment import eval_view
 from scott.config import Config, build
 from scott.data import InputError
 from scott.encoder import Encoder
+from scott.features import read_tokens
 from scott.petals import petals
 from scott.visualize import (attention_figure, attention_maps, choose_images, flat_map, foreground, load_run,
-                             map_figure, mask_image, patch_tokens, pca_figure, principal_axes, same_class, token_pca)
+                             map_figure, mask_image, pca_figure, principal_axes, same_class, token_pca)
 
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
            device='cpu')
@@ -104,8 +105,8 @@ def test_pca_refuses(t, grid, says):
 
 def test_tokens_are_normalized_and_without_dropout(views):
     e = encoder(drop_rate=.5).train()
-    t = patch_tokens(e, views)
-    assert t.shape == (3, 16, 32) and torch.equal(t, patch_tokens(e, views))
+    t = read_tokens(e, views)
+    assert t.shape == (3, 16, 32) and torch.equal(t, read_tokens(e, views))
     assert t.mean(-1).abs().max() < 1e-5 and (t.var(-1, unbiased=False) - 1).abs().max() < .01
 
 
