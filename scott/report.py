@@ -162,7 +162,8 @@ def probe(
                        'supervised' in judge.names) if cfg.block == -1 else []
     rows = [judge.row('knn', 'raw pixels', pixel_features(judge.train), pixel_features(judge.test)), *supervised]
     words = ['scott_probe', cfg.run, *(['--data', cfg.data] if cfg.data else []), '--probes', 'supervised']
-    missing = [] if supervised else [f'supervised from scratch: not run yet for this budget: {shlex.join(words)}']
+    missing = ([] if supervised or cfg.block != -1 else
+               [f'supervised from scratch: not run yet for this budget: {shlex.join(words)}'])
     with tqdm(judge.encoders, disable=None, unit='encoder', leave=False) as bar:
         for which in bar:
             for row in judge.frozen(which): rows.append(row)
@@ -220,12 +221,13 @@ def merged(
     "Keep rows that were made with the same weights and flags for other probes."
     try: old = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as e: raise InputError(f'{path} is damaged ({e}): remove it') from e
-    free = 'probes json device cache_gb run data_root'.split()
+    free = 'probes tune_epochs json device cache_gb run data_root'.split()
     def made(r): return [r.get(k) for k in ('data', 'step', 'config', 'train_images')], {
         k: v for k, v in r.get('flags', {}).items() if k not in free}
     if made(old) != made(report): return report
-    here = {(r['probe'], r['encoder']) for r in report['rows']}
-    rows = report['rows'] + [r for r in old['rows'] if (r['probe'], r['encoder']) not in here]
+    def key(row): return row['probe'], row['encoder'], row.get('identity', {}).get('epochs')
+    here = {key(r) for r in report['rows']}
+    rows = report['rows'] + [r for r in old['rows'] if key(r) not in here]
     held = ','.join(name for name in NAMES if any(r['probe'] == name for r in rows))
     return {**report, 'rows': rows, 'flags': {**report['flags'], 'probes': held}}
 

@@ -281,6 +281,14 @@ def test_rows_of_whole_networks_belong_to_their_weights_and_budget(run):
     assert judge(run, probes='supervised')['rows'][1]['identity']['epochs'] == 10
 
 
+def test_fine_tuning_for_another_time_is_another_row(run, capsys):
+    def tuned(): return [(r['encoder'], r['identity']['epochs'])
+                         for r in json.loads((run / 'probe_flowers.json').read_text())['rows'] if r['probe'] == 'finetune']
+    for epochs in ('1', '2', '2'): report.main([str(run), '--probes', 'finetune', '--tune-epochs', epochs])
+    assert sorted(tuned()) == [('context', 1), ('context', 2), ('target', 1), ('target', 2)]
+    assert capsys.readouterr().out.count('epochs 1') == 2 + 2 + 2  # in each of the three tables
+
+
 def test_a_second_call_adds_rows_and_another_step_replaces_them(run, capsys):
     def rows(): return {(r['probe'], r['encoder']) for r in json.loads((run / 'probe_flowers.json').read_text())['rows']}
     report.main([str(run), '--probes', 'linear'])
