@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from .data import InputError
@@ -64,7 +65,8 @@ def logistic(
     classes: int,  # C
 ):  # a function (M, D) -> (M, C) logits
     "Logistic regression (scikit-learn's, by L-BFGS) on standardized features."
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(x.numpy(), y.numpy())
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000))
+    with threadpool_limits(1 if len(x) < 20_000 else None, 'blas'): model.fit(x.numpy(), y.numpy())
     def predict(queries):
         z = torch.from_numpy(model.decision_function(queries.numpy()))
         return z if classes > 2 else torch.stack([-z, z], 1)

@@ -1,5 +1,6 @@
 """The command behind the page of results, at toy size; and what the page makes of a stored run."""
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,12 @@ def test_a_stored_run_is_what_its_name_says(folder):
     assert table['step'] == json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])['step']
     assert {r['encoder'] for r in table['rows']} >= {'raw pixels', 'random initialization', 'context', 'target'}
     assert table['epoch'] == asked.epochs
+
+
+def test_stored_results_name_no_folder_of_a_machine():
+    files = [p for p in RESULTS.rglob('*') if p.suffix in ('.json', '.jsonl')]
+    assert len(files) > 10
+    for path in files: assert not re.search(r'["= ](/|~/|[A-Z]:)[A-Za-z]', path.read_text()), path
 
 
 def test_hours_are_steps_times_images_over_throughput():
