@@ -17,7 +17,7 @@ from typing import Callable
 import torch
 
 from . import masking
-from .data import InputError
+from .data import InputError, absolute
 from .encoder import Encoder
 from .jepa import MIMJEPA
 from .predictor import Predictor
@@ -81,11 +81,12 @@ def run_cli(
     fn: Callable,  # the command, without arguments
     prog: str,  # its name
 ):
-    "Run a command; bad input ends it with one line on stderr and exit code 2."
+    "Run a command; bad input ends it with one line on stderr and exit code 2, Ctrl-C with 130."
     try: return fn()
-    except InputError as e:
-        print(f'{prog}: {" ".join(str(e).split())}', file=sys.stderr)
-        sys.exit(2)
+    except InputError as e: said, code = ' '.join(str(e).split()), 2
+    except KeyboardInterrupt: said, code = 'interrupted', 130
+    print(f'{prog}: {said}', file=sys.stderr)
+    sys.exit(code)
 
 # %% ../nbs/26_config.ipynb #30a9016a
 LEVERS = dict(
@@ -205,6 +206,7 @@ def read_config(
         raise InputError(f'{run} is no run folder (it has no config.json): name the --out of scott_pretrain')
     try: stored = json.loads(path.read_text())
     except ValueError as e: raise InputError(f'{path} is damaged ({e}): restore it, or start a new run') from e
+    if 'data' not in stored: raise InputError(f'{run} is no run folder, but a part of one: name the --out of that')
     return Config(**{f.name: stored[f.name] for f in fields(Config) if f.name in stored})
 
 # %% ../nbs/26_config.ipynb #69522337
@@ -234,6 +236,7 @@ def make_config(
     "Preset, then flags over it; with --resume the run's stored configuration, which the flags may not contradict."
     given = vars(parser_of(Config, 'scott_pretrain').parse_args(argv))
     preset = given.get('preset', 'paper')
+    if 'data' in given: given['data'] = absolute(given['data'])  # a run may be resumed from another place
     if preset not in PRESETS: raise InputError(f'preset {preset!r} is unknown: choose one of {", ".join(PRESETS)}')
     if not given.get('out'): raise InputError('no run folder is named: add --out RUN')
     if not given.get('resume'): return check_ranges(Config(**{**PRESETS[preset], **given}))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LISTS', 'SUFFIXES', 'InputError', 'ImageSet', 'Files', 'fetch', 'flowers_files', 'pets_files', 'imagenet100_files',
-           'folder_files', 'find_files', 'report_broken', 'petals_set', 'load']
+           'folder_files', 'absolute', 'find_files', 'report_broken', 'petals_set', 'load']
 
 # %% ../nbs/20_data.ipynb #3d156763
 from dataclasses import dataclass, field
@@ -151,6 +151,12 @@ def folder_files(folder, split):
     chosen.sort()
     return Files(f'folder:{folder}', [paths[i] for i in chosen],
                  [classes.index(kinds[i]) if classes else -1 for i in chosen], classes, split != 'train')
+
+def absolute(
+    name,  # of a data set
+):         # the same; folder:PATH with an absolute path
+    "So that a run which has written it down can go on from another working directory."
+    return f'folder:{Path(name[7:]).expanduser().resolve()}' if name.startswith('folder:') else name
 
 # %% ../nbs/20_data.ipynb #06a4923f
 def find_files(

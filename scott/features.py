@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import augment
 from .augment import eval_view
-from .data import ImageSet, InputError, load
+from .data import ImageSet, InputError, absolute, load
 from .encoder import Encoder
 from .runs import digest, read_metrics, write_atomic
 
@@ -176,8 +176,7 @@ def learned_from(
     train_images: int,  # of it
 ) -> str:
     "Whether the pre-training has seen the test images."
-    def plain(name): return f'folder:{Path(name[7:]).expanduser().resolve()}' if name.startswith('folder:') else name
-    if plain(config['data']) != plain(data): return f'transfer: pre-trained on {config["data"]}'
+    if absolute(config['data']) != absolute(data): return f'transfer: pre-trained on {config["data"]}'
     if config.get('contains_test_images', config.get('ssl_split', 'all') == 'all'):
         return 'transductive: pre-trained on all images, those of the test split included, without labels'
     if config.get('images', train_images) != train_images:

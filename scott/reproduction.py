@@ -9,14 +9,13 @@ __all__ = ['SMALL', 'PROBES', 'LABELED', 'RUNS', 'learning_curve', 'store', 'rep
 # %% ../nbs/40_reproduction.ipynb #336beccf
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from . import report, training
-from .config import build, read_config, run_cli
+from .config import Parser, build, read_config, run_cli
 from .data import InputError, load
 from .features import encode
 from .probes import fold, scores
@@ -81,9 +80,12 @@ def reproduce(
 
 def main():
     "`python -m scott.reproduction NAME …`, from the top of the repository."
+    parser = Parser(prog='python -m scott.reproduction', description=reproduce.__doc__)
+    parser.add_argument('names', nargs='+', metavar='NAME', help=', '.join(RUNS))
+    names = parser.parse_args().names
     def command():
-        for name in sys.argv[1:] or ['']: reproduce(name)
-    run_cli(command, 'scott.reproduction')
+        for name in names: reproduce(name)
+    run_cli(command, parser.prog)
 
 if __name__ == '__main__' and '__file__' in globals(): main()  # a notebook has no __file__
 

@@ -184,8 +184,11 @@ def save_encoder(
     "Write an encoder's weights and configuration; each file is the old one or the new one, never half of one."
     with writing(folder) as part:
         encoder.save_pretrained(part)
+        (part / 'README.md').unlink(missing_ok=True)  # an empty form for a model on the Hub
         folder.mkdir(exist_ok=True)
-        for file in part.iterdir(): os.replace(file, folder / file.name)
+        for file in part.iterdir():
+            file.chmod(0o644)  # safetensors lets only the owner read
+            os.replace(file, folder / file.name)
 
 # %% ../nbs/27_runs.ipynb #8bf3207f
 def load_encoder(

@@ -3,6 +3,7 @@ import dataclasses
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from hashlib import sha256
@@ -248,12 +249,32 @@ def test_resume_with_other_images(refused, place, tmp_path):
     assert '16' in said and '15' in said
 
 
+def test_a_run_on_a_relative_folder_goes_on_from_another_place(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(place)
+    run('scott_pretrain', *TINY, '--data', 'folder:images', '--out', tmp_path / 'run')
+    monkeypatch.chdir(tmp_path)
+    run('scott_pretrain', '--out', 'run', '--resume')
+    assert json.loads((tmp_path / 'run' / 'config.json').read_text())['data'] == f'folder:{(place / "images").resolve()}'
+
+
+def test_an_interrupt_before_the_first_step_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr('scott.training.prepare', lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as end: run('scott_pretrain', *TINY, '--out', tmp_path / 'run')
+    assert end.value.code == 130 and capsys.readouterr().err == 'scott_pretrain: interrupted\n'
+
+
+def test_others_may_read_an_encoder(place):
+    files = sorted((place / 'run' / 'target').iterdir())
+    assert [f.name for f in files] == ['config.json', 'model.safetensors']
+    assert all(f.stat().st_mode & 0o777 == 0o644 for f in files)
+
+
 # --- the other commands
 
 @pytest.mark.parametrize('command', ['scott_probe', 'scott_visualize'])
 def test_a_folder_that_is_no_run(refused, place, tmp_path, command):
     pytest.importorskip(COMMANDS[command])
-    for where in (tmp_path / 'nowhere', place / 'images'):
+    for where in (tmp_path / 'nowhere', place / 'images', place / 'run' / 'target'):
         said = refused(command, where)
         assert str(where) in said and 'no run folder' in said and '--out' in said
 

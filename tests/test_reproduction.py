@@ -54,6 +54,14 @@ def test_a_stored_run_is_what_its_name_says(folder):
     assert table['epoch'] == asked.epochs
 
 
+@pytest.mark.parametrize('words, says', [([], 'NAME'), (['flowers', '--fast'], '--fast'), (['flowers'], 'choose one of')])
+def test_the_command_says_what_is_wrong(words, says, monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['reproduction', *words])
+    with pytest.raises(SystemExit) as end: reproduction.main()
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and says in err and len(err.splitlines()) == 1
+
+
 def test_stored_results_name_no_folder_of_a_machine():
     files = [p for p in RESULTS.rglob('*') if p.suffix in ('.json', '.jsonl')]
     assert len(files) > 10
