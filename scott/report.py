@@ -167,8 +167,8 @@ def probe(
     with tqdm(judge.encoders, disable=None, unit='encoder', leave=False) as bar:
         for which in bar:
             for row in judge.frozen(which): rows.append(row)
-    if 'finetune' in judge.names:
-        for which in ('context', 'target'): rows += whole(judge, 'finetune', which, cfg.tune_epochs)
+    for which in ('context', 'target') if cfg.block == -1 else ():
+        rows += whole(judge, 'finetune', which, cfg.tune_epochs, 'finetune' in judge.names)
     for file in (judge.run / 'features').glob('*.safetensors'):
         if judge.files and file not in judge.files: file.unlink()  # of other weights or flags
     return dict(data=judge.train.name, train_images=len(judge.train), test_images=len(judge.test),

@@ -287,6 +287,9 @@ def test_fine_tuning_for_another_time_is_another_row(run, capsys):
     for epochs in ('1', '2', '2'): report.main([str(run), '--probes', 'finetune', '--tune-epochs', epochs])
     assert sorted(tuned()) == [('context', 1), ('context', 2), ('target', 1), ('target', 2)]
     assert capsys.readouterr().out.count('epochs 1') == 2 + 2 + 2  # in each of the three tables
+    (run / 'probe_flowers.json').unlink()
+    report.main([str(run), '--probes', 'knn', '--tune-epochs', '2'])  # only shows what was trained before
+    assert tuned() == [('context', 2), ('target', 2)]
 
 
 def test_a_second_call_adds_rows_and_another_step_replaces_them(run, capsys):
