@@ -11,8 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from .plain import plain_ema
-from .signs import part_norms
+from .lab.plain import plain_ema
+from .train.signs import part_norms
 
 # %% ../nbs/22_schedule.ipynb #d97a1713
 def _check_step(

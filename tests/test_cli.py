@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = dict(scott_pretrain='scott.training', scott_probe='scott.report', scott_visualize='scott.gallery',
-                scott_bench='scott.bench')
+COMMANDS = dict(scott_pretrain='scott.train.trainer', scott_probe='scott.probe.table', scott_visualize='scott.look.gallery',
+                scott_bench='scott.lab.bench')
 TINY = ('--preset demo --img-size 32 --embed-dim 16 --depth 1 --predictor-depth 1 --batch-size 8 --epochs 1 '
         '--warmup-epochs 0 --device cpu --amp off --mask uniform').split()
 
@@ -258,7 +258,7 @@ def test_a_run_on_a_relative_folder_goes_on_from_another_place(place, tmp_path, 
 
 
 def test_an_interrupt_before_the_first_step_is_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr('scott.training.prepare', lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr('scott.train.trainer.prepare', lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit) as end: run('scott_pretrain', *TINY, '--out', tmp_path / 'run')
     assert end.value.code == 130 and capsys.readouterr().err == 'scott_pretrain: interrupted\n'
 
@@ -319,7 +319,7 @@ def test_a_benchmark_that_cannot_be(refused, wrong, words):
 
 
 def test_the_benchmark_writes_its_figures(tmp_path, capsys, monkeypatch):
-    from scott import bench
+    from scott.lab import bench
     monkeypatch.setattr(bench, 'alone', bench.point)  # in this process: starting one for each rung takes a minute
     sizes = '--preset demo --embed-dim 16 --depth 1 --batch-size 4 --images 8 --steps 1 --device cpu'
     run('scott_bench', *sizes.split(), '--ladder', '--json', tmp_path / 'bench.json')
@@ -341,7 +341,7 @@ def options_of(module):
     "The dataclass that a command's flags are made from."
     own = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and isinstance(c, type)]
     cls, = {c for c in own if all('help' in f.metadata for f in dataclasses.fields(c))
-            and (c.__module__ == module.__name__ or module.__name__ == 'scott.training')}
+            and (c.__module__ == module.__name__ or module.__name__ == 'scott.train.trainer')}
     return cls
 
 
@@ -369,16 +369,16 @@ def process(module, *argv):
 
 def test_the_real_command_refuses_an_existing_run(place):
     before = contents(place)
-    done = process('scott.training', *TINY, '--data', f'folder:{place / "images"}', '--out', place / 'run')
+    done = process('scott.train.trainer', *TINY, '--data', f'folder:{place / "images"}', '--out', place / 'run')
     assert done.returncode == 2 and done.stdout == '' and len(done.stderr.splitlines()) == 1, done.stderr
     assert str(place / 'run') in done.stderr and '--resume' in done.stderr
     assert contents(place) == before
 
 
-@pytest.mark.parametrize('module', ['scott.training', 'scott.report'])
+@pytest.mark.parametrize('module', ['scott.train.trainer', 'scott.probe.table'])
 def test_the_real_command_refuses_a_path_that_is_not_there(place, tmp_path, module):
     pytest.importorskip(module)
-    argv = ([*TINY, '--data', 'folder:/no/such/place', '--out', tmp_path / 'new'] if module == 'scott.training' else
+    argv = ([*TINY, '--data', 'folder:/no/such/place', '--out', tmp_path / 'new'] if module == 'scott.train.trainer' else
             ['/no/such/place'])
     done = process(module, *argv)
     assert done.returncode == 2 and done.stdout == '' and len(done.stderr.splitlines()) == 1, done.stderr

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from scott import cache as caching
-from scott import data as module
-from scott.cache import cache_path, decode, read_cache, write_cache
-from scott.data import Files, InputError, load
-from scott.petals import petal_names, petals
+from scott.data import decode as caching
+from scott.data import sets as module
+from scott.data.decode import cache_path, decode, read_cache, write_cache
+from scott.data.sets import Files, InputError, load
+from scott.data.petals import petal_names, petals
 
 FLOWERS = Path(os.environ.get('SCOTT_DATA', '')) / 'flowers-102'
 GOLDEN = dict(labels=[2, 17, 1, 6, 14, 3, 16, 7], means=[61.3, 89.4, 79.7])      # of petals(20, 32)

@@ -22,7 +22,7 @@ cfg = parser['DEFAULT']
 INSTALL = f"#| hide\n#| eval: false\n![ -e /content ] && pip install -q git+{cfg['git_url']}.git"
 BADGE = ('[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]'
          f"(https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/%s)")
-DIRECTIVES = re.compile(r'default_exp [a-z]\w*|export|exporti|hide|echo: false|eval: false|slow|cuda')
+DIRECTIVES = re.compile(r'default_exp [a-z][\w.]*|exports?( [a-z][\w.]*)?|exporti|hide|echo: false|eval: false|slow|cuda')
 MACHINE_PATH = re.compile(r'(?<![\w.~/-])/(?:work|root|tmp|home|Users|mnt|private)/\S*')
 PACKAGE_INDEX = re.compile(r'index-url|file:/{3}|/simple\b|find-links|artifactory|devpi', re.I)
 LINK = re.compile(r'\]\(<?([^)\s>]+)>?(?: "[^"]*")?\)|(?:src|href)="([^"]+)"')
@@ -109,12 +109,14 @@ def test_first_cell(path):
 @pages
 def test_opening_code_cells(path):
     code = [c['source'].rstrip('\n') for c in cells(path, 'code')]
-    exports = any(d.split()[0] in ('export', 'exporti') for s in code for d in directives(s))
-    if exports:
-        assert code[0] == f"#| default_exp {path.stem.split('_', 1)[1]}"
-        assert (ROOT/'scott'/(path.stem.split('_', 1)[1] + '.py')).exists()
+    exports = [d for s in code for d in directives(s) if d.split()[0] in ('export', 'exports', 'exporti')]
+    owns = any(d in ('export', 'exports', 'exporti') for d in exports)
+    if owns:
+        assert code[0].startswith('#| default_exp ')
+    for module in [code[0].split()[-1]] * owns + [d.split()[1] for d in exports if ' ' in d]:
+        assert (ROOT/'scott'/(module.replace('.', '/') + '.py')).exists(), f'no module {module}'
     if code:
-        assert code[1 if exports else 0] == INSTALL
+        assert code[1 if owns else 0] == INSTALL
 
 
 @pages

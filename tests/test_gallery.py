@@ -12,9 +12,9 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from scott.config import Config, build, identity
-from scott.gallery import CAPTIONS, SAMPLE, Options, check_options, draw_sample, main, page
-from scott.runs import write_checkpoint
+from scott.train.config import Config, build, identity
+from scott.look.gallery import CAPTIONS, SAMPLE, Options, check_options, draw_sample, main, page
+from scott.train.run import write_checkpoint
 
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
            device='cpu')

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from scott.health import first_alarm, toy_run
+from scott.lab.sick import first_alarm, toy_run
 
 SIGNS = {'no EMA': ('copied', 'distance', 2), 'no predictor': ('untrained', 'grad_predictor', 2),
          'learning rate x 30': ('runaway', 'distance', 2), 'nothing hidden': ('trivial', 'loss', 8)}  # word, curve, epochs

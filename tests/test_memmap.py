@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scott.cache import map_pixels
+from scott.data.decode import map_pixels
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='private memory is read from /proc/self/status')
 ALLOWED = 60e6                                                # bytes of private memory
@@ -22,10 +22,10 @@ import json, os, sys, threading
 from pathlib import Path
 import torch
 os.cpu_count = lambda: 2                                      # threads that decode: the same on every machine
-from scott.cache import cache_path, read_cache, write_cache
-from scott.config import LEVERS, Config
-from scott.data import ImageSet
-from scott.parallel import Feed
+from scott.data.decode import cache_path, read_cache, write_cache
+from scott.train.config import LEVERS, Config
+from scott.data.sets import ImageSet
+from scott.train.processes import Feed
 
 
 def private():

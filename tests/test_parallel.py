@@ -14,11 +14,11 @@ import pytest
 import torch
 from PIL import Image
 
-from scott.config import LEVERS, Config
-from scott.data import ImageSet, InputError, load, petals
-from scott.parallel import Feed, Student, labeled, shares
-from scott.runs import load_checkpoint, read_metrics
-from scott.training import Trainer, get_state, main, set_state
+from scott.train.config import LEVERS, Config
+from scott.data.sets import ImageSet, InputError, load, petals
+from scott.train.processes import Feed, Student, labeled, shares
+from scott.train.run import load_checkpoint, read_metrics
+from scott.train.trainer import Trainer, get_state, main, set_state
 
 ROOT = Path(__file__).parents[1]
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, drop_rate=0.,
@@ -92,7 +92,7 @@ def settings(place, name):
 
 def torchrun(place, name, *more, restarts=0):
     argv = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node=2',
-            f'--max-restarts={restarts}', '-m', 'scott.training', *settings(place, name), *more]
+            f'--max-restarts={restarts}', '-m', 'scott.train.trainer', *settings(place, name), *more]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), 'SCOTT_CACHE': str(place / 'cache')}
     return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -139,7 +139,7 @@ def test_a_killed_process_is_restarted_and_the_losses_are_the_same(place, pair, 
     while not ((run / 'metrics.jsonl').exists() and len(read_metrics(run)) >= 3):
         assert done.poll() is None and time.monotonic() < deadline, 'it ended before it could be killed'
         time.sleep(.02)
-    workers = [pid for pid in children(done.pid) if b'scott.training' in Path(f'/proc/{pid}/cmdline').read_bytes()]
+    workers = [pid for pid in children(done.pid) if b'scott.train.trainer' in Path(f'/proc/{pid}/cmdline').read_bytes()]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
     text = done.communicate(timeout=300)[0]

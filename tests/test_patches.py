@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from scott.augment import eval_view
-from scott.config import Config, build, draw_masks
-from scott.data import InputError
-from scott.features import read_tokens
-from scott.patches import (agreement, fill_hidden, find_figure, find_patch, load_networks, mask_figure, mutual_pairs,
+from scott.train.config import Config, build, draw_masks
+from scott.data.sets import InputError
+from scott.probe.features import read_tokens
+from scott.look.predictions import (agreement, fill_hidden, find_figure, find_patch, load_networks, mask_figure, mutual_pairs,
                            own_part, pairs_figure, predict, prediction_figure, visibility)
-from scott.petals import petals
+from scott.data.petals import petals
 
 TOY = Config(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
              device='cpu')

@@ -12,7 +12,7 @@ from scott.augment import MEAN, STD, resample, two_views
 from scott.jepa import MIMJEPA
 from scott.kernels import attend
 from scott.masking import blockwise, visible_count
-from scott.plain import PlainViews, plain_attention, plain_ema, plain_masks, to_jpeg
+from scott.lab.plain import PlainViews, plain_attention, plain_ema, plain_masks, to_jpeg
 
 
 def seeded(seed=0):

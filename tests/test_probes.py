@@ -12,12 +12,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from scott import features, finetune, probes, report
-from scott.config import Config as Pretraining
-from scott.data import ImageSet, InputError
+from scott.probe import features
+from scott.probe import finetune
+from scott.probe import classifiers as probes
+from scott.probe import table as report
+from scott.train.config import Config as Pretraining
+from scott.data.sets import ImageSet, InputError
 from scott.encoder import Encoder
-from scott.petals import petals
-from scott.signs import knn
+from scott.data.petals import petals
+from scott.train.signs import knn
 
 NAMES = 'knn linear simple multihead cross'.split()
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from conftest import write_images
 
-from scott import reproduction
-from scott.data import InputError
+from scott.lab import reproduction
+from scott.data.sets import InputError
 
 RESULTS = Path(__file__).parents[1] / 'nbs' / 'results'
 TOY = ('--preset demo --epochs 2 --warmup-epochs 0 --embed-dim 32 --depth 3 --predictor-depth 1 --img-size 48 '
@@ -43,7 +43,7 @@ def test_an_unknown_run_is_refused(tmp_path):
                                           if p.parent.name in reproduction.RUNS), ids=lambda p: p.name)
 def test_a_stored_run_is_what_its_name_says(folder):
     "The stored configuration is that of the command, and the table is of the last step."
-    from scott.config import make_config
+    from scott.train.config import make_config
     config = json.loads((folder / 'config.json').read_text())
     asked = make_config([*reproduction.RUNS[folder.name].split(), '--out', 'x'])
     for key in ('data', 'ssl_split', 'img_size', 'embed_dim', 'depth', 'epochs', 'batch_size', 'lr', 'warmup_epochs', 'seed'):

@@ -11,8 +11,8 @@ from scipy.stats import entropy
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
-from scott.config import Config, build
-from scott.signs import (PARTS, Neighbors, health_line, knn, look, mean_cosine, panel, part_norms, rankme, rows_of_parts,
+from scott.train.config import Config, build
+from scott.train.signs import (PARTS, Neighbors, health_line, knn, look, mean_cosine, panel, part_norms, rankme, rows_of_parts,
                          unexplained, verdict, weight_distance)
 
 RESULTS = Path(__file__).resolve().parent.parent/'nbs'/'results'

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from scott.masking import blockwise, uniform
-from scott.sparse import MaxBlurPool2d, SparseConv2d, apply_mask
+from scott.tokenizer import MaxBlurPool2d, SparseConv2d, apply_mask
 from scott.tokenizer import PatchEmbed, SparseTokenizer, patch_mask
 
 GRIDS = [(3, 3), (4, 4), (3, 5), (6, 3)]

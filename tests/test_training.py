@@ -16,14 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from scott import parallel, training
-from scott.config import Config, make_config
-from scott.data import ImageSet, InputError, petals
+from scott.train import processes as parallel
+from scott.train import trainer as training
+from scott.train.config import Config, make_config
+from scott.data.sets import ImageSet, InputError, petals
 from scott.encoder import Encoder
-from scott.parallel import epoch_order, stream
-from scott.runs import load_checkpoint, read_metrics, write_checkpoint
+from scott.train.processes import epoch_order, stream
+from scott.train.run import load_checkpoint, read_metrics, write_checkpoint
 from scott.schedule import linear, make_optimizer, warmup_flat_cosine
-from scott.training import Trainer, get_state, main, pretrain, save, set_state
+from scott.train.trainer import Trainer, get_state, main, pretrain, save, set_state
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=1, predictor_depth=1, batch_size=16, epochs=3,
@@ -119,7 +120,7 @@ def reached(run):
 
 
 def test_killed_and_resumed_is_the_same_run_bit_for_bit(place, straight, figure):
-    run, python = place / 'killed', [sys.executable, '-m', 'scott.training']
+    run, python = place / 'killed', [sys.executable, '-m', 'scott.train.trainer']
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
     with open(place / 'killed.log', 'w') as out:
         process = subprocess.Popen([*python, *command(place, 'killed', '--checkpoint-minutes', '0')], env=env,
@@ -143,7 +144,7 @@ def test_killed_and_resumed_is_the_same_run_bit_for_bit(place, straight, figure)
 def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on_bit_for_bit(place, straight, tmp_path, figure, number, code):
     argv = command(tmp_path, 'run', '--data', f'folder:{place / "images"}', '--checkpoint-minutes', '60')
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    process = subprocess.Popen([sys.executable, '-m', 'scott.training', *argv], env=env, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, '-m', 'scott.train.trainer', *argv], env=env, stderr=subprocess.PIPE, text=True)
     run, deadline = tmp_path / 'run', time.monotonic() + 120
     while not read_metrics(run):
         assert process.poll() is None and time.monotonic() < deadline
@@ -678,6 +679,6 @@ def test_a_run_begun_on_a_cpu_goes_on_on_a_gpu(flowers, amp):
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    from scott.runs import describe_machine
+    from scott.train.run import describe_machine
     record = dict(command='python tests/test_training.py', machine=describe_machine(torch.device('cpu')))
     GOLDEN.write_text(json.dumps({**record, 'losses': golden_losses()}, indent=1) + '\n')

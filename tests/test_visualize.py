@@ -9,12 +9,12 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 from scott.augment import eval_view
-from scott.config import Config, build
-from scott.data import InputError
+from scott.train.config import Config, build
+from scott.data.sets import InputError
 from scott.encoder import Encoder
-from scott.features import read_tokens
-from scott.petals import petals
-from scott.visualize import (attention_figure, attention_maps, choose_images, flat_map, foreground, load_run,
+from scott.probe.features import read_tokens
+from scott.data.petals import petals
+from scott.look.tokens import (attention_figure, attention_maps, choose_images, flat_map, foreground, load_run,
                              map_figure, mask_image, pca_figure, principal_axes, same_class, token_pca)
 
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
