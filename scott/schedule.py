@@ -7,12 +7,9 @@ __all__ = ['linear', 'warmup_flat_cosine', 'make_optimizer', 'load_optimizer', '
 
 # %% ../nbs/22_schedule.ipynb #e8db5150
 import math
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-
-from .lab.plain import plain_ema
-from .train.signs import part_norms
 
 # %% ../nbs/22_schedule.ipynb #d97a1713
 def _check_step(
@@ -58,71 +55,46 @@ def warmup_flat_cosine(
     angle = math.pi * (step - fall) / (total - fall)    # 0 … pi
     return final + (peak - final) * (1 + math.cos(angle)) / 2
 
-# %% ../nbs/22_schedule.ipynb #68a86022
+class Values(NamedTuple):
+    "What the schedules give for one step."
+    lr: float  # learning rate
+    wd: float  # weight decay of matrices and kernels
+    momentum: float  # m of the target's moving average
+
+class Schedule(NamedTuple):
+    "Learning rate, weight decay and momentum of a whole run, as functions of the step (arXiv 2502.18056)."
+    total: int  # optimizer steps of the run
+    warmup: float  # steps of linear warm-up, less than total
+    lr: float  # learning rate after the warm-up
+    lr_start: float = 1e-6  # before the first step
+    lr_final: float = 1e-5  # of the last step
+    flat: float = .72  # share of the steps after the warm-up at the full learning rate
+    wd: float = .04  # weight decay at the start
+    wd_final: float = .4  # and at the end
+    momentum: float = .996  # the target's momentum at the start
+    momentum_final: float = 1.  # and at the end
+
+    def at(self, step: int) -> Values:  # the optimizer step, counted from 1
+        "The values that a step uses; ValueError for a step outside the run."
+        return Values(
+            warmup_flat_cosine(step, self.total, self.warmup, self.lr_start, self.lr, self.lr_final, self.flat),
+            linear(step, self.total, self.wd, self.wd_final),
+            linear(step, self.total, self.momentum, self.momentum_final))
+
 def make_optimizer(
     model: torch.nn.Module,
     fused: bool = True,  # all tensors in one call
 ) -> torch.optim.Optimizer:  # two groups: with and without weight decay
     "AdamW over what is trained; learning rate and decay are set at each step."
     params = [p for p in model.parameters() if p.requires_grad]
-    how = dict(fused=True) if fused else dict(foreach=False)
     return torch.optim.AdamW([{'params': [p for p in params if p.ndim > 1]},
-                              {'params': [p for p in params if p.ndim <= 1]}], betas=(.9, .999), **how)
+                              {'params': [p for p in params if p.ndim <= 1]}], betas=(.9, .999), fused=fused)
 
-def load_optimizer(
-    opt: torch.optim.Optimizer,
-    saved: dict,  # its `state_dict()`, perhaps from a run with other levers
-):
-    "Restore the moments, in the memory layout that the weights have here; how steps are made stays as it is here."
-    groups = [{**there, 'fused': here['fused'], 'foreach': here['foreach']}
-              for there, here in zip(saved['param_groups'], opt.param_groups)]
-    opt.load_state_dict({**saved, 'param_groups': groups})
-    for p, moments in opt.state.items():
-        for k in ('exp_avg', 'exp_avg_sq'): moments[k] = torch.empty_like(p).copy_(moments[k])
-
-def set_schedules(
+def set_values(
     opt: torch.optim.Optimizer,  # from `make_optimizer`
-    cfg,  # a `Config`: epochs, warmup_epochs, lr, lr_start, lr_final, flat, weight_decay(_final), momentum(_final)
-    step: int,  # the optimizer step about to be made, from 1
-    per_epoch: int,  # steps of an epoch
-) -> dict:  # lr, wd and momentum of this step
-    "Write this step's learning rate and weight decay into the optimizer; return them with the target's momentum."
-    total = cfg.epochs * per_epoch
-    warmup = cfg.warmup_epochs * per_epoch
-    now = dict(lr=warmup_flat_cosine(step, total, warmup, cfg.lr_start, cfg.lr, cfg.lr_final, cfg.flat),
-               wd=linear(step, total, cfg.weight_decay, cfg.weight_decay_final),
-               momentum=linear(step, total, cfg.momentum, cfg.momentum_final))
-    decayed, plain = opt.param_groups
-    decayed.update(lr=now['lr'], weight_decay=now['wd'])
-    plain.update(lr=now['lr'], weight_decay=0.)
-    return now
-
-# %% ../nbs/22_schedule.ipynb #a28cbb50
-def update(
-    trainer,  # a `Trainer`, gradients are there
-    loss: Tensor,  # of this step
-    now: dict,  # the schedules' values
+    values: Values,  # of the step about to be made
 ):
-    "Optimizer and target; a step whose loss or gradient is no number leaves the weights as they are."
-    opt, scaler, on = trainer.opt, trainer.scaler, trainer.on
-    params = [p for g in opt.param_groups for p in g['params']]
-    norms = part_norms([torch.zeros_like(p) if p.grad is None else p.grad for p in params], trainer.rows)
-    total = loss if scaler.is_enabled() else loss + norms.sum()  # scaled ones may overflow
-    bad, loss = trainer.group.mean(torch.stack([(~total.isfinite()).float(), loss])).unbind()  # over all processes
-    bad = (bad > 0).float()  # 0 or 1
-    norms = norms / scaler.scale(torch.ones_like(loss))
-    if scaler.is_enabled() or 'optimizer' in on:
-        if not scaler.is_enabled(): opt.found_inf = bad
-        scaler.step(opt)
-        scaler.update()
-    elif not bad.item(): opt.step()
-    opt.zero_grad(set_to_none=True)
-    if 'ema' in on: trainer.jepa.update_target(now['momentum'])
-    else: plain_ema(trainer.jepa.target, trainer.jepa.context, now['momentum'])
-    bad = bad.long()
-    trainer.loss_sum += torch.where(bad > 0, 0., loss)
-    counted = (bad == 0) & norms.isfinite().all()
-    trainer.norm_sum += torch.where(counted, torch.cat([norms, torch.ones_like(norms[:1])]), 0.)
-    trainer.bad[:2] += bad
-    trainer.bad[2] += bad * (trainer.bad[0] == 1) * trainer.step
-    if 'queue' not in on: loss.item()
+    "Write a step's learning rate and weight decay into the optimizer; biases and 1-D parameters have no decay."
+    decayed, plain = opt.param_groups
+    decayed.update(lr=values.lr, weight_decay=values.wd)
+    plain.update(lr=values.lr, weight_decay=0.)

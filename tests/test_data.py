@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from scott.data import decode as caching
-from scott.data import sets as module
+from scott.data.sets import decode as caching
+from scott.data.sets import sets as module
 from scott.data.decode import cache_path, decode, read_cache, write_cache
 from scott.data.sets import Files, InputError, load
 from scott.data.petals import petal_names, petals

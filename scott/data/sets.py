@@ -18,12 +18,9 @@ from torchvision.transforms import functional as TF
 import numpy as np
 import torch
 
+from ..cli import InputError
 from .decode import cache_path, read_cache, write_cache
 from .petals import petal_names, petals
-
-# %% ../../nbs/20_data.ipynb #e001ef77
-class InputError(ValueError):
-    "Bad input from outside: one line that names the thing and the way out. Command lines turn it into exit code 2."
 
 # %% ../../nbs/20_data.ipynb #1f096b92
 @dataclass

@@ -14,13 +14,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from ..probe import table as report
-from ..train import trainer as training
-from ..train.config import Parser, build, read_config, run_cli
-from ..data.sets import InputError, load
-from ..probe.features import encode
+from ..cli import InputError, Parser, run_cli
+from ..data.sets import load
+from ..probe import table
 from ..probe.classifiers import fold, scores
-from ..train.run import older_checkpoints, pick_device, read_metrics, write_atomic
+from ..probe.features import encode
+from ..train import pretrain
+from ..train.config import build
+from ..train.files import write_atomic
+from ..train.machine import pick_device
+from ..train.run import Run, read_metrics
 from ..train.signs import knn
 
 # %% ../../nbs/40_reproduction.ipynb #240fe72a
@@ -38,19 +41,21 @@ def learning_curve(
     run: Path,  # a run folder with older checkpoints (scott_pretrain --keep-checkpoints)
 ) -> list:  # step and k-NN top-1 of the target encoder, at the start and for each checkpoint
     "10-NN on the held-out fifth of the training split: no test image is read."
-    cfg = read_config(run)
-    (device, dtype), net, curve = pick_device(cfg.device, cfg.amp), build(cfg), []
+    run, curve = Run(run), []
+    cfg = run.config
+    (device, dtype), net = pick_device(cfg.device, cfg.amp), build(cfg)
     data = load(cfg.data, 'train', cfg.img_size, 'center', cfg.data_root)
     inner, held = fold(data.labels)
-    states = {0: None, **older_checkpoints(run), read_metrics(run)[-1]['step']: run / 'checkpoint.pt'}
+    states = {0: None, **run.checkpoints, run.metrics[-1]['step']: run.folder / 'checkpoint.pt'}
     for step, path in tqdm(states.items(), disable=None, unit='checkpoint'):
-        if path: net.load_state_dict(torch.load(path, map_location='cpu', weights_only=True)['jepa'])
+        if path:
+            state = torch.load(path, map_location='cpu', weights_only=True)
+            net.load_state_dict(state['model'] if 'model' in state else state['jepa'])
         f = encode(net.target, data, device, dtype, keep_tokens=False)
         votes = knn(f.means[inner], data.labels[inner], k=10, classes=len(data.classes))(f.means[held])
         curve.append(dict(step=step, knn=scores(votes, data.labels[held])['top1']))
     return curve
 
-# %% ../../nbs/40_reproduction.ipynb #a791c70d
 def store(
     run: Path,  # a run folder
     results: Path,  # where it is kept, e.g. nbs/results/NAME
@@ -68,13 +73,13 @@ def reproduce(
     "Pre-train or go on, probe by both protocols and at several depths, and store the results."
     if name not in RUNS: raise InputError(f'run {name!r} is unknown: choose one of {", ".join(RUNS)}')
     run = runs / name
-    training.main(['--out', str(run), '--resume'] if (run / 'checkpoint.pt').exists()
+    pretrain.main(['--out', str(run), '--resume'] if (run / 'checkpoint.pt').exists()
                   else [*RUNS[name].split(), '--keep-checkpoints', '40', '--out', str(run)])
     cheap = ['--probes', 'knn,linear']
-    blocks = [[*cheap, '--block', str(b)] for b in range(1, read_config(run).depth - 1, 2)]
+    blocks = [[*cheap, '--block', str(b)] for b in range(1, Run(run).config.depth - 1, 2)]
     for flags in (['--probes', f'{PROBES},{LABELED}'], ['--probes', PROBES, '--protocol', 'paper'], *blocks,
                   [*cheap, '--no-norm']):
-        report.main([str(run), *flags])
+        table.main([str(run), *flags])
     curve = learning_curve(run)
     write_atomic(run / 'learning_curve.json', lambda part: part.write_text(json.dumps(curve)))
     store(run, results / name)

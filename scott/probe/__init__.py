@@ -1,0 +1,3 @@
+from .heads import CrossAttentive, MultiHeadAttentive, SimpleAttentive
+
+__all__ = ['SimpleAttentive', 'MultiHeadAttentive', 'CrossAttentive']

@@ -6,17 +6,18 @@
 __all__ = ['SimpleAttentive', 'MultiHeadAttentive', 'CrossAttentive', 'head_logits', 'train_head', 'stored']
 
 # %% ../../nbs/33_heads.ipynb #66492e83
-from dataclasses import replace
-from typing import Callable
+from dataclasses import dataclass
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
-from ..train.config import Config
 from ..encoder import feed_forward
-from ..schedule import make_optimizer, set_schedules
+from ..schedule import Schedule
+from ..train.machine import Place
+from ..train.trainer import Trainer, fit
 
 # %% ../../nbs/33_heads.ipynb #967e046f
 class SimpleAttentive(nn.Module):
@@ -129,33 +130,77 @@ def head_logits(
     head.eval()
     with torch.inference_mode(): return torch.cat([head(t.float()).float().cpu() for t in tokens.split(256)])
 
-# %% ../../nbs/33_heads.ipynb #0afa5894
+@dataclass(frozen=True)
+class Recipe:
+    "How something learns from labels: the paper's shapes of schedule. Its numbers are its own, not a pre-training's."
+    epochs: int  # that the schedule is made for
+    warmup_epochs: float
+    batch_size: int = 64
+    lr: float = 2e-3  # after the warm-up
+    lr_start: float = 1e-6
+    lr_final: float = 1e-5
+    flat: float = .72  # share of the epochs after the warm-up at the full learning rate
+    weight_decay: float = .04  # at the start
+    weight_decay_final: float = .4
+    seed: int = 0
+
+    def schedule(self, per_epoch: int) -> Schedule:  # optimizer steps of an epoch
+        "Its schedules in steps."
+        return Schedule(self.epochs * per_epoch, self.warmup_epochs * per_epoch, self.lr, self.lr_start, self.lr_final,
+                        self.flat, self.weight_decay, self.weight_decay_final)
+
+class HeadLoss(nn.Module):
+    "Cross-entropy of a head on frozen tokens, as a module that a `Trainer` can train."
+    def __init__(self, head: nn.Module):  # one of the three attentive heads
+        super().__init__()
+        self.head = head
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:  # (b, n, D), (b,) -> scalar
+        return F.cross_entropy(self.head(tokens), labels)
+
+class TokenFeed:
+    "Batches of tokens and labels in an order of its own for each epoch; the last batch of an epoch may be smaller."
+    def __init__(self,
+        read: Callable,  # (rows (b,), step from 1) -> (b, n, D) frozen, layer-normalized tokens of these rows
+        labels: Tensor,  # (N,)
+        rows: Tensor,  # which of the N to train on
+        batch: int,  # images of a step
+        seed: int,  # of the order
+    ):
+        self.read, self.labels, self.rows, self.batch = read, labels, rows, batch
+        self.generator, self.per_epoch, self.order = torch.Generator().manual_seed(seed), -(-len(rows) // batch), []
+
+    def batches(self, step: int):
+        "The one batch of a step; steps come in order."
+        if not self.order:
+            self.order = list(self.rows[torch.randperm(len(self.rows), generator=self.generator)].split(self.batch))
+        rows = self.order.pop(0)
+        tokens = self.read(rows, step)  # b n d
+        yield tokens, self.labels[rows].to(tokens.device)
+
+class Watched(NamedTuple):
+    "Images that a head is watched on while it learns."
+    tokens: Tensor  # (M, n, D)
+    labels: Tensor  # (M,)
+
 def train_head(
     head: nn.Module,  # one of the three attentive heads; trained in place
     read: Callable,  # (rows (b,), step from 1) -> (b, n, D) frozen, layer-normalized tokens of these rows
     labels: Tensor,  # (N,)
     rows: Tensor,  # which of the N to train on
-    epochs: int,  # passes to make
-    total: int,  # passes that the schedule is made for; stopping earlier is a choice like k or C
-    seed: int = 0,  # of the order of the images
-    peak: float = 2e-3,  # learning rate after the warm-up
-    watch: tuple | None = None,  # tokens (M, n, D) and labels (M,) to watch
+    epochs: int,  # passes to make; stopping before the recipe's last is a choice like k or C
+    recipe: Recipe,
+    watch: Watched | None = None,
 ) -> list:  # top-1 in percent on `watch` after each epoch
-    "AdamW, batch 64, the paper's shapes of schedule (a fifth warm-up, plateau, cosine; decay 0.04 to 0.4)."
-    recipe = replace(Config(), epochs=total, warmup_epochs=total / 5, lr=peak)
-    generator, optim, found = torch.Generator().manual_seed(seed), make_optimizer(head), []
-    batches = -(-len(rows) // 64)
-    for epoch in range(epochs):
+    "Train a head by the engine that trains everything; nothing is stored."
+    feed, found = TokenFeed(read, labels, rows, recipe.batch_size, recipe.seed), []
+    trainer = Trainer(HeadLoss(head).train(), feed, recipe.schedule(feed.per_epoch),
+                      Place(next(head.parameters()).device, None), recipe.seed, compile=False)
+    def after(line):
+        trainer.check('memory')
+        if watch: found.append(100 * (head_logits(head, watch.tokens).argmax(1) == watch.labels).double().mean().item())
         head.train()
-        for i, batch in enumerate(rows[torch.randperm(len(rows), generator=generator)].split(64)):
-            step = epoch * batches + i + 1
-            set_schedules(optim, recipe, step, batches)
-            tokens = read(batch, step)  # b n d
-            loss = F.cross_entropy(head(tokens), labels[batch].to(tokens.device))
-            optim.zero_grad()
-            loss.backward()
-            optim.step()
-        if watch: found.append(100 * (head_logits(head, watch[0]).argmax(1) == watch[1]).double().mean().item())
+    fit(trainer, after, feed.per_epoch, show=False, until=epochs * feed.per_epoch)
     return found
 
 def stored(
