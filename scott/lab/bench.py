@@ -19,7 +19,7 @@ from ..data.sets import ImageSet
 from ..encoder import Attention
 from ..kernels import Dropout, keep_freed_memory
 from ..schedule import make_optimizer
-from ..train.config import PRESETS, Config, build, masks_of
+from ..train.config import Config, build, masks_of
 from ..train.feed import AHEAD, Feed, TwoViews, epoch_order
 from ..train.files import write_atomic
 from ..train.machine import describe_machine, pick_device

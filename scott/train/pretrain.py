@@ -144,7 +144,7 @@ class Pretraining:
 
     def forecast(self) -> str:
         "How long the run will take, from one forward and backward pass; where a step is compiled first, no number."
-        t, cfg = self.trainer, self.cfg
+        t = self.trainer
         steps = t.schedule.total - t.step
         if t.forward is not t.wrapped: return f'{steps:,} steps'
         with own_randomness(t.device):
