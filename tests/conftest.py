@@ -28,6 +28,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+def gap(ours, theirs):
+    "max|ours − theirs| / max(1, max|theirs|): rounding grows with the values, and processors add in other orders."
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
+
+
 def write_images(folder, count, size=32, classes=('a', 'b', 'c')):
     "Small PNG flowers, one sub-folder a class."
     for i, image in enumerate(petals(count, size)[0]):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import gap
 from safetensors.torch import load_file
 
 from scott.encoder import Encoder
@@ -14,7 +15,7 @@ from scott.jepa import MIMJEPA
 from scott.predictor import Predictor
 from scott.probes import CrossAttentive, MultiHeadAttentive, SimpleAttentive
 
-FORWARD, STEPS = 1e-5, 1e-4  # absolute tolerances: forward passes and gradients; weights after three steps
+FORWARD, STEPS = 1e-5, 1e-4  # bounds of `gap`: forward passes and gradients; weights after three steps
 OUTPUTS = ('tokenizer_full tokenizer_masked encoder_full encoder_masked vit_full vit_masked attention_last '
            'predictor targets probe_simple probe_multihead probe_cross').split()
 
@@ -49,11 +50,6 @@ class Recorded:
         size = self.config['embed_dim'], self.config['num_classes']
         for name, cls in dict(simple=SimpleAttentive, multihead=MultiHeadAttentive, cross=CrossAttentive).items():
             yield f'probe_{name}', load_official(cls(*size), self.part(f'probe_{name}.')).eval()
-
-
-def gap(ours, official):
-    assert ours.shape == official.shape
-    return (ours - official).abs().max().item()
 
 
 @pytest.fixture(scope='module', params=['tiny_swiglu', 'tiny_mlp_registers'])
