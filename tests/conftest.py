@@ -14,7 +14,7 @@ os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic pro
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: takes more than a few seconds; skip with -m "not slow"')
+    config.addinivalue_line('markers', 'slow: long by nature: `make test-slow` runs it, `make test` does not')
     config.addinivalue_line('markers', 'cuda: needs a CUDA device')
     config.figures = []
 
