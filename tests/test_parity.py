@@ -58,7 +58,7 @@ def recorded(request):
     if not where:
         pytest.skip('SCOTT_PARITY is not set: the numbers recorded from the released code are not in this repository')
     file = Path(where) / f'{request.param}.safetensors'
-    if not file.is_file(): pytest.skip(f'SCOTT_PARITY={where} has no {file.name}')
+    assert file.is_file(), f'SCOTT_PARITY={where} has no {file.name}'
     return Recorded(Path(where), request.param)
 
 
