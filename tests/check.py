@@ -59,7 +59,7 @@ def slow():
     """What `make test-slow` runs; what failed."""
     failed = run('tests', [*PYTEST, '-m', 'slow'], TESTS)
     for page in sorted((ROOT/'nbs').rglob('*.ipynb')):
-        if '"#| slow' in page.read_text(encoding='utf-8'):
+        if re.search(r'"#\| *slow\b', page.read_text(encoding='utf-8')):
             failed += run('pages', [BIN/'nbdev_test', '--path', page, '--flags', 'slow'], PAGES)
     return failed
 
