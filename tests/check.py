@@ -58,9 +58,9 @@ def quick():
 def slow():
     """What `make test-slow` runs; what failed."""
     failed = run('tests', [*PYTEST, '-m', 'slow'], TESTS)
-    for page in sorted((ROOT/'nbs').rglob('*.ipynb')):
-        if re.search(r'"#\| *slow\b', page.read_text(encoding='utf-8')):
-            failed += run('pages', [BIN/'nbdev_test', '--path', page, '--flags', 'slow'], PAGES)
+    for page, content in sorted(files('nbs', '.ipynb').items()):
+        if re.search(rb'"#\| *slow\b', content):
+            failed += run('pages', [BIN/'nbdev_test', '--path', ROOT/page, '--flags', 'slow'], PAGES)
     return failed
 
 

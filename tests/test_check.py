@@ -1,4 +1,5 @@
 """What `make test` lists at its end: every failure of every step, whichever failed first."""
+import json
 import sys
 
 import check
@@ -38,3 +39,14 @@ def test_a_failing_step_does_not_hide_the_next(monkeypatch):
     monkeypatch.setattr(check, 'unchanged', lambda command, *_: [command])
     monkeypatch.setattr(check, 'run', lambda name, *_: [name])
     assert check.quick() == ['nbdev_export', 'nbdev_clean', 'pages', 'tests']
+
+
+def test_slow_cells_are_found(tmp_path, monkeypatch):
+    for name, first in (('10_a', '#| slow'), ('11_b', '#| hide'), ('.ipynb_checkpoints/12_c', '#| slow')):
+        page = tmp_path/'nbs'/f'{name}.ipynb'
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(json.dumps(dict(cells=[dict(source=[first + '\n', 'x = 1'])])))
+    monkeypatch.setattr(check, 'ROOT', tmp_path)
+    monkeypatch.setattr(check, 'run', lambda name, command, _: [f'{name} {" ".join(map(str, command))}'])
+    tests, page = check.slow()
+    assert tests.endswith('-m slow') and f'--path {tmp_path}/nbs/10_a.ipynb --flags slow' in page
