@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LISTS', 'SUFFIXES', 'InputError', 'ImageSet', 'Files', 'fetch', 'flowers_files', 'pets_files', 'imagenet100_files',
-           'folder_files', 'absolute', 'find_files', 'report_broken', 'petals_set', 'load']
+           'folder_files', 'absolute', 'find_files', 'report_broken', 'petals_set', 'decoded', 'load']
 
 # %% ../nbs/20_data.ipynb #3d156763
 from dataclasses import dataclass, field
@@ -13,13 +13,14 @@ from pathlib import Path
 import json
 import os
 
+from scipy.io import loadmat
 from torchvision.datasets import Flowers102, OxfordIIITPet
 from torchvision.transforms import functional as TF
 import numpy as np
 import torch
 
-from .cache import cache_path, read_cache, write_cache
-from .petals import petal_names, petals
+from .cache import files_key, read_cache, write_cache
+from .petals import VERSION, petal_names, petals
 
 # %% ../nbs/20_data.ipynb #e001ef77
 class InputError(ValueError):
@@ -36,7 +37,9 @@ class ImageSet:
     name: str              # 'flowers102'
     has_test: bool         # True if it contains images of the test split
     skipped: list          # names of the broken images left out (only with on_bad_image='skip')
-    names: list = field(default_factory=list)   # one for each image, or empty if they have none
+    names: list = field(default_factory=list)    # one for each image, or empty if they have none
+    identity: str = ''     # a hash of the files and the view that the images come from; '' if they come from no files
+    prints: list = field(default_factory=list)   # a fingerprint of each image's pixels, or empty if none were taken
 
     def __len__(self): return len(self.images)
 
@@ -81,29 +84,42 @@ def fetch(
                          'go online, or set $SCOTT_DATA to a folder that has it') from e
 
 # %% ../nbs/20_data.ipynb #adc5c8ae
-def flowers_files(root, split):
+def flowers_files(
+    root,   # folder of the data sets
+    split,  # 'train', 'test' or 'all'
+):
     "Flowers-102: train + val (2,040 images), test (6,149) or all."
     folder = root / 'flowers-102'
+    names = getattr(fetch(Flowers102, folder), 'classes', None)      # torchvision < 0.22 has no names
+    sets = loadmat(folder / 'setid.mat', squeeze_me=True)
+    labels = loadmat(folder / 'imagelabels.mat', squeeze_me=True)['labels']       # of images 1, 2, …; classes from 1
+    known = dict(train=('trnid', 1020), val=('valid', 1020), test=('tstid', 6149))
     parts = {'train': ['train', 'val'], 'test': ['test'], 'all': ['train', 'val', 'test']}[split]
-    sets = [fetch(Flowers102, folder, split=part) for part in parts]
-    names = getattr(Flowers102, 'classes', [f'class {i}' for i in range(102)])     # torchvision < 0.22 has no names
-    files = Files('flowers102', [p for s in sets for p in s._image_files], [c for s in sets for c in s._labels],
-                  list(names), split != 'train')
+    lists = {part: sets[known[part][0]].tolist() for part in parts}               # numbers of images, from 1
+    numbers = [n for numbers in lists.values() for n in numbers]
+    files = Files('flowers102', [folder / 'jpg' / f'image_{n:05}.jpg' for n in numbers],
+                  [int(labels[n - 1]) - 1 for n in numbers], list(names or map('class {}'.format, range(102))),
+                  split != 'train')
     files.check('images', len(list((folder / 'jpg').glob('*.jpg'))), 8189, folder)
-    for part, s in zip(parts, sets):
-        files.check(f'{part} split', len(s), {'train': 1020, 'val': 1020, 'test': 6149}[part], folder)
+    for part in parts:
+        files.check(f'{part} split', len(lists[part]), known[part][1], folder)
     return files
 
 # %% ../nbs/20_data.ipynb #8be904fb
-def pets_files(root, split):
+def pets_files(
+    root,   # folder of the data sets
+    split,  # 'train', 'test' or 'all'
+):
     "Oxford-IIIT Pets: trainval (3,680 images), test (3,669) or all."
     folder = root / 'oxford-iiit-pet'
-    parts = {'train': ['trainval'], 'test': ['test'], 'all': ['trainval', 'test']}[split]
-    sets = [fetch(OxfordIIITPet, folder, split=part) for part in parts]
-    files = Files('pets37', [p for s in sets for p in s._images], [c for s in sets for c in s._labels],
-                  list(sets[0].classes), split != 'train')
-    for part, s in zip(parts, sets):
-        files.check(f'{part} split', len(s), {'trainval': 3680, 'test': 3669}[part], folder)
+    classes = fetch(OxfordIIITPet, folder).classes
+    counts = {'train': dict(trainval=3680), 'test': dict(test=3669), 'all': dict(trainval=3680, test=3669)}[split]
+    lists = {part: (folder / 'annotations' / f'{part}.txt').read_text().splitlines() for part in counts}
+    rows = [line.split() for part in counts for line in lists[part]]                 # image, class from 1, species, breed
+    files = Files('pets37', [folder / 'images' / f'{image}.jpg' for image, *_ in rows],
+                  [int(label) - 1 for _, label, *_ in rows], list(classes), split != 'train')
+    for part, n in counts.items():
+        files.check(f'{part} split', len(lists[part]), n, folder)
     return files
 
 # %% ../nbs/20_data.ipynb #35d70da1
@@ -172,6 +188,7 @@ def find_files(
         if name not in known:
             raise InputError(f'data {name!r}: no such data set; choose petals, {", ".join(known)} or folder:PATH')
         files = known[name](root, split)
+    files.paths = [p.absolute() for p in files.paths]        # the same names from every working directory
     missing = [str(p) for p in files.paths if not p.is_file()]
     if missing:
         raise InputError(f'{name}: {len(missing):,} listed images are not there, the first is {missing[0]}; '
@@ -191,7 +208,11 @@ def report_broken(files, broken, on_bad_image):
     print(f'{text}: left out')
 
 # %% ../nbs/20_data.ipynb #e489f225
-def petals_set(split, size, fit):
+def petals_set(
+    split,  # 'train', 'test' or 'all'
+    size,   # side of the pictures, pixels
+    fit,    # 'squash' or 'center'
+):
     "The default 4,000 petals: the first 80 % are the training split, the last 20 % the test split."
     part = {'train': slice(0, 3200), 'test': slice(3200, 4000), 'all': slice(0, 4000)}[split]
     images, labels = petals(size=size if fit == 'squash' else round(size * 256 / 224))
@@ -199,7 +220,30 @@ def petals_set(split, size, fit):
         images = TF.center_crop(images, size)
     aspect = torch.ones(len(labels[part]))
     return ImageSet(images[part], labels[part], aspect, petal_names(), 'petals', split != 'train', [],
-                    [f'petal {i}' for i in range(4000)[part]])
+                    [f'petal {i}' for i in range(4000)[part]], f'petals {VERSION} {split} {size} {fit}')
+
+# %% ../nbs/20_data.ipynb #a8ef9f09
+def decoded(
+    files,        # `Files` from `find_files`
+    split,        # as in `load`
+    size,         # as in `load`
+    fit,          # as in `load`
+    cache,        # folder of the decoded caches
+    on_bad_image  # as in `load`
+):
+    "The files as an `ImageSet`, read from their cache, or decoded if there is none."
+    key = files_key(files.paths, size, fit)
+    path = cache / f'{files.name.split(":")[0]}-{split}-{size}-{fit}-{key}.npy'
+    try:
+        cached = read_cache(path) or write_cache(path, files.paths, size, fit, files.name)
+    except OSError as e:
+        raise InputError(f'cache {cache}: {e}; name a folder with room for it in $SCOTT_CACHE') from e
+    report_broken(files, cached.broken, on_bad_image)
+    good = [(str(p), c) for p, c in zip(files.paths, files.labels) if str(p) not in cached.broken]
+    names, labels = map(list, zip(*good))
+    identity = sha256(json.dumps([key, sorted(cached.broken)]).encode()).hexdigest()[:16]
+    return ImageSet(cached.images, torch.tensor(labels), torch.tensor(cached.aspect, dtype=torch.float32),
+                    files.classes, files.name, files.has_test, list(cached.broken), names, identity, cached.prints)
 
 # %% ../nbs/20_data.ipynb #df0f95f3
 def load(
@@ -222,14 +266,4 @@ def load(
     home = Path.home() / '.cache' / 'scott'
     root = Path(root or os.environ.get('SCOTT_DATA') or home).expanduser()
     cache = Path(cache or os.environ.get('SCOTT_CACHE') or home / 'decoded').expanduser()
-    files = find_files(name, split, root)
-    path = cache_path(files.paths, f'{files.name.split(":")[0]}-{split}', size, fit, cache)
-    try:
-        images, aspect, broken = read_cache(path) or write_cache(path, files.paths, size, fit, files.name)
-    except OSError as e:
-        raise InputError(f'cache {cache}: {e}; name a folder with room for it in $SCOTT_CACHE') from e
-    report_broken(files, broken, on_bad_image)
-    good = [(str(p), c) for p, c in zip(files.paths, files.labels) if str(p) not in broken]
-    names, labels = map(list, zip(*good))
-    return ImageSet(images, torch.tensor(labels), torch.tensor(aspect, dtype=torch.float32), files.classes, files.name,
-                    files.has_test, list(broken), names)
+    return decoded(find_files(name, split, root), split, size, fit, cache, on_bad_image)
