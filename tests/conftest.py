@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from scott.data.petals import petals
-from scott.train.run import describe_machine
+from scott.train.machine import describe_machine
 
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic products on a GPU; read when CUDA starts
 

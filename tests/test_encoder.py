@@ -12,10 +12,10 @@ from torch import nn
 
 from scott import encoder as encoder_module
 from scott.augment import eval_view
-from scott.data import ImageSet
+from scott.data.sets import ImageSet
 from scott.encoder import (Attention, Block, Encoder, Transformer, feed_forward, patch_grid, scott_7_16, scott_12_16,
                            sincos_positions, vit_12_16)
-from scott.features import encode
+from scott.probe.features import encode
 
 SMALL = dict(img_size=64, embed_dim=64, depth=2, num_heads=4)
 
