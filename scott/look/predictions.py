@@ -29,7 +29,8 @@ def load_networks(
 ) -> dict:  # name -> MIMJEPA: the random initialization it began with, and the trained one
     "Context encoder, predictor and target of a run; InputError for a checkpoint of another run."
     cfg = read_config(run)
-    nets = {'random': build(cfg), 'trained': build(cfg)}
+    with torch.random.fork_rng(devices=[]):  # the seed is for these weights only
+        nets = {'random': build(cfg), 'trained': build(cfg)}
     stored = state.get('identity', {})
     differs = [f'{k} is {v!r} there and {getattr(cfg, k)!r} here' for k, v in stored.items()
                if getattr(cfg, k, v) != v]
