@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from scott import augment
-from scott.augment import (apply_views, cubic_matrix, draw_changes, draw_views, eval_view, random_boxes, recolor, resample,
-                           two_views)
+from scott.augment import (apply_views, cubic_matrix, draw_changes, draw_views, eval_view, random_boxes, recolor,
+                           resample, two_views)
 
 
 def seeded(seed=0):
