@@ -50,12 +50,13 @@ def token_pca(
         raise ValueError(f'tokens must be (B, N, D) with N = {grid[0]} x {grid[1]} and D of 3 or more, '
                          f'got shape {tuple(tokens.shape)}')
     some = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if front is None else front
-    if front is not None and some.sum() < 2: return torch.zeros(len(tokens), 3, *grid, device=tokens.device)  # nothing to tell apart
+    black = torch.zeros(*some.shape, 3, device=tokens.device)  # b n 3
+    if front is not None and some.sum() < 2: return black.unflatten(1, grid).permute(0, 3, 1, 2)
     x = tokens[some].double()  # m d
     scores = (x - x.mean(0)) @ principal_axes(x).axes[:, :3]  # m 3
     low, high = scores.quantile(torch.tensor([.01, .99], dtype=x.dtype, device=x.device), dim=0)
     colors = .5 + (scores - (low + high) / 2) / (high - low).clamp(min=1e-5)  # a constant stays gray
-    colors = torch.zeros(*some.shape, 3, device=x.device).masked_scatter(some[..., None], colors.clamp(0, 1).float())  # b n 3
+    colors = black.masked_scatter(some[..., None], colors.clamp(0, 1).float())
     return colors.unflatten(1, grid).permute(0, 3, 1, 2)
 
 # %% ../../nbs/32_visualize.ipynb #a4fcd080
