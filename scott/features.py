@@ -170,7 +170,7 @@ def duplicates(
 
 # %% ../nbs/36_features.ipynb #3f433a8c
 class Splits(NamedTuple):
-    "Both official splits of a data set, without a common image."
+    "Both official splits of a data set."
     train: ImageSet
     test: ImageSet
 
