@@ -192,6 +192,12 @@ def test_links(path):
             assert anchor in anchors(file), f'{link}: no such heading'
 
 
+@pages
+def test_numbers_of_pages(path):
+    for number, target in re.findall(r'\[page (\d+)\]\((\d+)_', prose(path)):
+        assert number == target, f'a link says page {number} and leads to page {target}'
+
+
 # The site and the README
 
 def targets(node):
