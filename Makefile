@@ -3,11 +3,11 @@ BIN := .venv/bin
 READY := .venv/ready
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 
-.PHONY: help venv demo test docs readme clean
+.PHONY: help venv demo test test-slow docs readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1~\2/p' $(MAKEFILE_LIST) | awk -F'~' '{printf "%-12s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1~\2/p' $(MAKEFILE_LIST) | awk -F'~' '{printf "%-14s %s\n", $$1, $$2}'
 
 venv: $(READY)  ## make .venv with everything in it (PYTHON=python3.12 to choose one)
 
@@ -19,27 +19,11 @@ demo: $(READY)  ## pre-train on the embedded data on a CPU, probe, draw: a few m
 	$(BIN)/scott_probe runs/demo --probes knn,linear
 	$(BIN)/scott_visualize runs/demo
 
-# $(call unchanged,FOLDER,PATTERN,COMMAND): COMMAND runs and must leave the FOLDER's files as they were
-sums = find $(1) -name '$(2)' ! -path '*/.*' ! -path '*/_proc/*' -exec cksum {} + | sort -k 3
-define unchanged
-@printf '\n== %s must leave %s/ as it is\n' '$(3)' '$(1)'
-@before=$$($(call sums,$(1),$(2))); \
- $(BIN)/$(3) || { echo "FAILED: $(3)"; exit 1; }; \
- after=$$($(call sums,$(1),$(2))); \
- [ "$$before" = "$$after" ] || { echo "FAILED: $(3) changed files in $(1)/ (look at them, then commit them):"; \
-  printf '%s\n%s\n' "$$before" "$$after" | sort | uniq -u | awk '{print "  " $$3}' | sort -u; exit 1; }
-endef
+test: $(READY)  ## all quick checks: export, clean, every page, the tests; in less than 15 minutes
+	$(BIN)/python tests/check.py
 
-test: export OMP_NUM_THREADS = 1
-test: export MPLBACKEND = agg
-test: $(READY)  ## all checks: export, clean, every page, the tests
-	$(call unchanged,scott,*.py,nbdev_export)
-	$(call unchanged,nbs,*.ipynb,nbdev_clean)
-	@printf '\n== nbdev_test: every page runs\n'
-	@$(BIN)/nbdev_test --n_workers 2 --timing || { echo 'FAILED: nbdev_test (the pages are named above)'; exit 1; }
-	@printf '\n== pytest\n'
-	@$(BIN)/python -m pytest -q -rs --tb=short tests || { echo 'FAILED: pytest'; exit 1; }
-	@printf '\nAll checks passed.\n'
+test-slow: $(READY)  ## what is long by nature: whole runs, kills by the hundred, several processes
+	$(BIN)/python tests/check.py slow
 
 docs:  ## the site, into _docs/ (needs Quarto)
 	@command -v quarto >/dev/null || \

@@ -20,7 +20,10 @@ def keep_mask(
 ) -> Tensor:  # bool of that shape, on the CPU; True = kept
     "Independent decisions, four from each 64-bit random number of PyTorch's CPU generator."
     n, dropped = shape.numel(), round(p * 2 ** 16)
-    bits = torch.empty((n + 3) // 4, dtype=torch.int64).random_(-2 ** 63, None)  # all 64 bits are random
+    size = (n + 3) // 4
+    if torch.compiler.is_compiling():  # which can't trace random_; all 64 bits, the top one turned
+        bits = torch.randint(-2 ** 63, 2 ** 63 - 1, (size,), dtype=torch.int64, device='cpu') ^ -2 ** 63
+    else: bits = torch.empty(size, dtype=torch.int64, device='cpu').random_(-2 ** 63, None)  # all 64 bits are random
     return (bits.view(torch.int16)[:n] >= dropped - 2 ** 15).view(shape)
 
 # %% ../nbs/60_kernels.ipynb #b1703ee8

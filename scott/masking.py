@@ -8,8 +8,8 @@ __all__ = ['visible_count', 'uniform', 'blockwise', 'multiblock']
 # %% ../nbs/10_masking.ipynb #cd2634ca
 import math
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 # %% ../nbs/10_masking.ipynb #52e52725
 def visible_count(
@@ -52,7 +52,7 @@ def uniform(
     grid=(14, 14),     # (rows, columns) of patches; N = rows x columns
     ratio=0.6,         # hidden fraction of the patches
     *,
-    generator=None,    # torch.Generator; the mask is made on its device (None: torch's default, on the CPU)
+    generator=None,    # torch.Generator; the mask is returned on its device (None: torch's default, on the CPU)
 ):
     "Masks that keep patches drawn evenly, without replacement: (B, N) bool, True = visible."
     visible, device = _checked(batch, grid, ratio, generator)
@@ -60,72 +60,70 @@ def uniform(
 
 # %% ../nbs/10_masking.ipynb #fd6e0824
 def _rectangles(y, x, h, w, grid):
-    "Maps (..., rows, columns) of rectangles with top-left corner (y, x), height h and width w, each (...) long."
-    y, x, h, w = (t[..., None] for t in (y, x, h, w))
-    rows, cols = (torch.arange(s, device=y.device) for s in grid)
-    return ((rows >= y) & (rows < y + h))[..., :, None] & ((cols >= x) & (cols < x + w))[..., None, :]
+    "Maps (rows, columns, ...) of rectangles with top-left corner (y, x), height h and width w, each (...) long."
+    rows, cols = (np.arange(side).reshape(-1, *[1] * y.ndim) for side in grid)
+    return ((rows >= y) & (rows < y + h))[:, None] & ((cols >= x) & (cols < x + w))
 
 # %% ../nbs/10_masking.ipynb #4db6eb42
-def _covered(keep, y, x, h, w):
-    "How many visible patches of `keep` (B, rows, columns) each block (B, tries) holds, from a summed-area table."
-    table = F.pad(keep.long().cumsum(1).cumsum(2), (1, 0, 1, 0))         # b rows+1 columns+1
-    width = table.shape[2]
-    def at(i, j): return table.flatten(1).gather(1, i * width + j)       # b tries
+def _summed_area(keep):
+    "Table (rows+1, columns+1, B): how many visible patches of `keep` (rows, columns, B) lie above and to the left."
+    rows, cols, images = keep.shape
+    table = np.zeros((rows + 1, cols + 1, images), np.int32)
+    table[1:, 1:] = keep
+    for i in range(rows): table[i + 1] += table[i]                       # faster than cumsum: all images in one stretch
+    for j in range(cols): table[:, j + 1] += table[:, j]
+    return table
+
+
+def _covered(table, y, x, h, w):
+    "How many visible patches each block (tries, B) holds: four look-ups in `_summed_area`'s table."
+    _, width, images = table.shape
+    image = np.arange(images)
+    def at(i, j): return table.ravel().take((i * width + j) * images + image)       # tries b
     return at(y + h, x + w) - at(y, x + w) - at(y + h, x) + at(y, x)
 
 # %% ../nbs/10_masking.ipynb #f1f09e08
-def _smallest_block(grid, visible, min_area, aspect):
-    "The smallest area to draw on this grid; ValueError if no block of that area fits strictly inside it."
-    low, high = aspect
-    if min_area < 1 or not 0 < low <= high:
-        raise ValueError(f"need min_area >= 1 and 0 < aspect[0] <= aspect[1], got min_area={min_area}, aspect={aspect}")
-    area = min(min_area, grid[0] * grid[1] // 3, (min(grid) - 1) ** 2)
-    tried = min(area, visible)
-    if low * tried >= (grid[0] - .5) ** 2 or tried / high >= (grid[1] - .5) ** 2:
-        raise ValueError(f"no block of {tried} patches with height / width from {low:.3g} to {high:.3g} fits strictly "
-                         f"inside grid {tuple(grid)}: widen aspect, lower min_area or use a larger grid")
-    return area
-
-
-def _propose(left, grid, tries, min_area, aspect, generator):
-    "Random blocks y, x, h, w, and whether each fits the grid, all (B, tries), for images with `left` (B,) to fill."
-    u = torch.rand(4, len(left), tries, generator=generator, device=left.device)
-    area = min_area + (left[:, None] - min_area) * u[0]                  # between min_area and what is left
-    low, high = math.log(aspect[0]), math.log(aspect[1])
-    shape = torch.exp(low + (high - low) * u[1])                         # h / w, log-uniform
-    h, w = (area * shape).sqrt().round().long(), (area / shape).sqrt().round().long()
-    fits = (h < grid[0]) & (w < grid[1]) & (h > 0) & (w > 0)
-    h, w = h.clamp(1, grid[0] - 1), w.clamp(1, grid[1] - 1)
-    return (u[2] * (grid[0] - h + 1)).long(), (u[3] * (grid[1] - w + 1)).long(), h, w, fits
+def _propose(left, grid, u):
+    "Random blocks y, x, h, w (4, tries, B) for images with `left` (B,) patches to fill, from uniform u (4, tries, B)."
+    smallest = min(16, grid[0] * grid[1] // 3, (min(grid) - 1) ** 2)
+    area = smallest + (left.astype(np.float32) - smallest) * u[0]        # between `smallest` and what is left
+    shape = 0.3 ** (1 - 2 * u[1])                                        # h / w, log-uniform from 0.3 to 1 / 0.3
+    h, w = np.rint(np.sqrt(area * shape)), np.rint(np.sqrt(area / shape))
+    y, x = np.floor(u[2] * (grid[0] - h + 1)), np.floor(u[3] * (grid[1] - w + 1))
+    fits = (h < grid[0]) & (w < grid[1])
+    return (np.stack([y, x, h, w]) * fits).astype(int)
 
 # %% ../nbs/10_masking.ipynb #3ea617a8
 def blockwise(
-    batch,                   # number of images B
-    grid=(14, 14),           # (rows, columns) of patches, both at least 3; N = rows x columns
-    ratio=0.6,               # hidden fraction of the patches
+    batch,             # number of images B
+    grid=(14, 14),     # (rows, columns) of patches, both at least 3; N = rows x columns
+    ratio=0.6,         # hidden fraction of the patches
     *,
-    generator=None,          # torch.Generator; the mask is made on its device (None: torch's default, on the CPU)
-    min_area=16,             # smallest block drawn, in patches (small grids use less)
-    aspect=(0.3, 1 / 0.3),   # smallest and largest height / width of a block
-    tries=32,                # blocks proposed per image and round
-    rounds=32,               # upper limit of rounds; what is missing after them is filled with random patches
+    generator=None,    # torch.Generator; the mask is returned on its device (None: torch's default, on the CPU)
 ):
     "Masks whose *visible* part is a union of blocks (BEiT's sampler, arXiv 2106.08254): (B, N) bool, True = visible."
     visible, device = _checked(batch, grid, ratio, generator, min_side=3)
-    min_area = _smallest_block(grid, visible, min_area, aspect)
-    if tries < 1 or rounds < 1:
-        raise ValueError(f"tries and rounds must be at least 1, got tries={tries}, rounds={rounds}")
-    keep = torch.zeros(batch, *grid, dtype=torch.bool, device=device)    # b rows columns
-    for _ in range(rounds):
-        left = visible - keep.sum((1, 2))                                # b: patches still to be placed
-        if device.type == 'cpu' and not left.any(): break                # on a GPU, asking would cost a synchronization
-        y, x, h, w, fits = _propose(left, grid, tries, min_area, aspect, generator)
-        new = h * w - _covered(keep, y, x, h, w)
-        usable = fits & (new > 0) & (new <= left[:, None])               # b tries
-        first = usable.int().argmax(1, keepdim=True)                     # b 1: the first usable proposal
-        chosen = (t.gather(1, first).squeeze(1) for t in (y, x, h, w))
-        keep |= _rectangles(*chosen, grid) & usable.any(1)[:, None, None]
-    return _top(keep.flatten(1) + torch.rand(batch, grid[0] * grid[1], generator=generator, device=device), visible)
+    def numbers(*shape): return torch.rand(*shape, generator=generator, device=device).cpu()
+    masks = np.zeros((batch, *grid), bool)
+    image, left = np.arange(batch), np.full(batch, visible)              # images not done yet; patches they still miss
+    keep = np.zeros((*grid, batch), bool)                                # rows columns b: their masks so far
+    for _ in range(32):
+        tries, each = min(4 * batch // len(image), 64), np.arange(len(image))
+        blocks = _propose(left, grid, numbers(4, tries, len(image)).numpy())     # 4 tries b
+        new = blocks[2] * blocks[3] - _covered(_summed_area(keep), *blocks)      # tries b
+        usable = (new > 0) & (new <= left)
+        first = usable.argmax(0)                                         # b: the first usable proposal; 0 if there is none
+        found = usable[first, each]
+        keep |= _rectangles(*blocks[:, first, each] * found, grid)
+        left = left - new[first, each] * found
+        done = left == 0
+        masks[image[done]] = keep[:, :, done].transpose(2, 0, 1)
+        image, left, keep = image[~done], left[~done], keep.compress(~done, axis=2)
+        if not len(image): break
+    else:
+        score = torch.from_numpy(keep).flatten(0, 1).T + numbers(len(image), grid[0] * grid[1])
+        masks[image] = _top(score, visible).view(-1, *grid).numpy()
+    return torch.from_numpy(masks).flatten(1).to(device)
 
 # %% ../nbs/10_masking.ipynb #0fe99a7b
 def multiblock(
@@ -133,7 +131,7 @@ def multiblock(
     grid=(14, 14),               # (rows, columns) of patches, both at least 3; N = rows x columns
     ratio=0.6,                   # hidden fraction of the patches
     *,
-    generator=None,              # torch.Generator; the mask is made on its device (None: torch's default, on the CPU)
+    generator=None,              # torch.Generator; the mask is returned on its device (None: torch's default, on the CPU)
     targets=4,                   # number of target blocks
     target_scale=(0.15, 0.2),    # area of a target block, as a fraction of the grid
     target_aspect=(0.75, 1.5),   # its height / width, relative to the grid's
@@ -151,7 +149,7 @@ def multiblock(
     h = (grid[0] * (scale * shape).sqrt()).round().long().clamp(1, grid[0])
     w = (grid[1] * (scale / shape).sqrt()).round().long().clamp(1, grid[1])
     y, x = (draw(0, 1) * (grid[0] - h + 1)).long(), (draw(0, 1) * (grid[1] - w + 1)).long()
-    blocks = _rectangles(y, x, h, w, grid).flatten(2)                    # b k+1 n
-    target, context = blocks[:, :-1].any(1), blocks[:, -1]               # b n
+    blocks = torch.from_numpy(_rectangles(*(t.cpu().numpy() for t in (y, x, h, w)), grid)).flatten(0, 1)     # n b k+1
+    target, context = blocks[..., :-1].any(2).T.to(device), blocks[..., -1].T.to(device)     # b n
     rank = torch.where(target, 0, torch.where(context, 2, 1))            # visible first: context, outside, targets
     return _top(rank + torch.rand(rank.shape, generator=generator, device=device), visible)

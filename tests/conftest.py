@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from scott.data.petals import petals
-from scott.train.run import describe_machine
+from scott.train.machine import describe_machine
 
 os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # deterministic products on a GPU; read when CUDA starts
 
 
 def pytest_configure(config):
-    config.addinivalue_line('markers', 'slow: takes more than a few seconds; skip with -m "not slow"')
+    config.addinivalue_line('markers', 'slow: long by nature: `make test-slow` runs it, `make test` does not')
     config.addinivalue_line('markers', 'cuda: needs a CUDA device')
     config.figures = []
 
@@ -26,6 +26,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def gap(ours, theirs):
+    "max|ours − theirs| / max(1, max|theirs|): rounding grows with the values, and processors add in other orders."
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)).item()
 
 
 def write_images(folder, count, size=32, classes=('a', 'b', 'c')):

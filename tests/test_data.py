@@ -2,6 +2,8 @@
 from pathlib import Path
 import json
 import os
+import shutil
+import zlib
 
 from PIL import Image
 import numpy as np
@@ -10,8 +12,9 @@ import torch
 
 from scott.data.sets import decode as caching
 from scott.data.sets import sets as module
-from scott.data.decode import cache_path, decode, read_cache, write_cache
-from scott.data.sets import Files, InputError, load
+from scott.data.decode import decode, files_key, read_cache, write_cache
+from scott.data.sets import Files, load
+from scott.cli import InputError
 from scott.data.petals import petal_names, petals
 
 FLOWERS = Path(os.environ.get('SCOTT_DATA', '')) / 'flowers-102'
@@ -141,15 +144,70 @@ def test_cache_is_made_once(photos, tmp_path, monkeypatch):
     assert len(calls) == 12
 
 
-def test_the_name_changes_with_everything_the_pixels_depend_on(photos, tmp_path, monkeypatch):
+def test_the_key_changes_with_everything_the_pixels_depend_on(photos, monkeypatch):
     paths = sorted(photos.rglob('*.jpg'))
-    names = [cache_path(paths, 'x', 16, 'squash', tmp_path), cache_path(paths, 'x', 17, 'squash', tmp_path),
-             cache_path(paths, 'x', 16, 'center', tmp_path), cache_path(paths[1:], 'x', 16, 'squash', tmp_path)]
+    keys = [files_key(paths, 16, 'squash'), files_key(paths, 17, 'squash'), files_key(paths, 16, 'center'),
+            files_key(paths[1:], 16, 'squash')]
     os.utime(paths[0], ns=(1, 1))
-    names.append(cache_path(paths, 'x', 16, 'squash', tmp_path))
+    keys.append(files_key(paths, 16, 'squash'))
     monkeypatch.setattr(caching, 'VERSION', -1)
-    names.append(cache_path(paths, 'x', 16, 'squash', tmp_path))
-    assert len({n.stem.split('-')[-1] for n in names}) == 6
+    keys.append(files_key(paths, 16, 'squash'))
+    assert len(set(keys)) == 6
+
+
+def test_the_identity_is_that_of_the_files_and_of_what_was_skipped(photos, tmp_path):
+    def identity(folder=photos, **how):
+        return load(f'folder:{folder}', **{'size': 16, 'cache': tmp_path / 'c', **how}).identity
+    first = identity()
+    assert first == identity(cache=tmp_path / 'other')        # not a matter of the cache
+    found = [first, identity(size=17), identity(fit='center'), identity(split='train'), identity(split='test')]
+    os.utime(photos / 'rose' / '07.jpg', ns=(1, 1))
+    found.append(identity())
+    copy = tmp_path / 'copy'
+    shutil.copytree(photos, copy)                             # with the times of the files
+    found.append(identity(copy))
+    (photos / 'rose' / '07.jpg').write_bytes(b'')
+    found.append(identity(on_bad_image='skip'))
+    assert len(set(found)) == 8 and all(found)
+
+
+def test_the_identity_tells_skipped_files(photos, tmp_path, monkeypatch):
+    "The same files, but one that another version of the decoder could not read."
+    whole = load(f'folder:{photos}', size=16, cache=tmp_path / 'a')
+    def fussy(path, *how):
+        if path.name == '03.jpg':
+            raise OSError('not for me')
+        return decode(path, *how)
+    monkeypatch.setattr(caching, 'decode', fussy)
+    rest = load(f'folder:{photos}', size=16, cache=tmp_path / 'b', on_bad_image='skip')
+    assert len(rest) == 11 and rest.identity != whole.identity
+
+
+def test_two_folders_are_never_taken_for_one(tmp_path, monkeypatch):
+    "The same names, sizes and times under the same relative path; the pixels differ."
+    found = []
+    for home, color in (('one', 'red'), ('two', 'blue')):
+        (tmp_path / home / 'photos').mkdir(parents=True)
+        for i in range(3):
+            path = tmp_path / home / 'photos' / f'{i}.bmp'
+            Image.new('RGB', (9, 9), color).save(path)
+            os.utime(path, ns=(0, 0))
+        monkeypatch.chdir(tmp_path / home)
+        found.append(load('folder:photos', size=16, cache=tmp_path / 'c'))
+    assert found[0].identity != found[1].identity and not torch.equal(found[0].images, found[1].images)
+    again = load(f'folder:{tmp_path}/two/photos', size=16, cache=tmp_path / 'c')     # the same folder, in full
+    assert (again.identity, again.names) == (found[1].identity, found[1].names)
+
+
+def test_petals_have_an_identity_too(monkeypatch):
+    blank = torch.zeros(4000, 3, 10, 10, dtype=torch.uint8), torch.zeros(4000)
+    monkeypatch.setattr(module, 'petals', lambda size: blank)                # for speed
+
+    def found():
+        return [load('petals', *how).identity for how in (('train', 8), ('test', 8), ('train', 9), ('train', 8, 'center'))]
+    before = found()
+    monkeypatch.setattr(module, 'VERSION', -1)
+    assert len({*before, *found()}) == 8 and all(before)
 
 
 def flip(path): path.write_bytes(path.read_bytes()[:-5] + b'\xaa\xbb\xcc\xdd\xee')
@@ -164,6 +222,7 @@ def test_a_damaged_cache_is_seen_said_and_made_again(photos, tmp_path, capsys, d
     good = load(f'folder:{photos}', size=16, cache=tmp_path / 'c').images.clone()
     path, = (tmp_path / 'c').glob('*.npy')
     damage(path)
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 10 ** 9))     # as if a second later
     assert torch.equal(load(f'folder:{photos}', size=16, cache=tmp_path / 'c').images, good)
     said = capsys.readouterr().out
     assert 'damaged cache' in said and path.name in said
@@ -171,9 +230,60 @@ def test_a_damaged_cache_is_seen_said_and_made_again(photos, tmp_path, capsys, d
     assert 'damaged' not in capsys.readouterr().out           # mended for good
 
 
+@pytest.fixture
+def looks(monkeypatch):
+    "A list that grows by one with each picture whose pixels are read for a fingerprint."
+    seen, fingerprint = [], caching.fingerprint
+    monkeypatch.setattr(caching, 'fingerprint', lambda pixels: seen.append(1) or fingerprint(pixels))
+    return seen
+
+
+def test_pixels_are_checked_once(photos, tmp_path, capsys, looks):
+    "When they are written, and once more when somebody wrote to the file or copied it."
+    def opened(): return load(f'folder:{photos}', size=16, cache=tmp_path / 'c')
+    first = opened()
+    assert len(looks) == 12
+    opened()
+    assert len(looks) == 12
+    path, = (tmp_path / 'c').glob('*.npy')
+    os.utime(path, ns=(0, 0))                                 # a copy that lost its time
+    assert torch.equal(opened().images, first.images) and len(looks) == 24
+    assert opened().prints == first.prints and len(looks) == 24
+    assert 'damaged' not in capsys.readouterr().out
+
+
+def test_a_cache_of_an_earlier_version_is_checked_once_and_used(photos, tmp_path, monkeypatch, looks, capsys):
+    def opened(): return load(f'folder:{photos}', size=16, cache=tmp_path / 'c')
+    first = opened()
+    path, = (tmp_path / 'c').glob('*.npy')
+    whole, crc = json.loads(path.with_suffix('.json').read_text()), zlib.crc32(first.images.numpy().reshape(-1))
+    def older(crc): path.with_suffix('.json').write_text(json.dumps(
+        dict(aspect=whole['aspect'], skipped={}, crc32=crc)))
+    older(crc)
+    looks.clear()
+    monkeypatch.setattr(caching, 'decode', None)              # nothing is decoded
+    for _ in range(2):
+        assert torch.equal(opened().images, first.images) and len(looks) == 12
+    assert json.loads(path.with_suffix('.json').read_text()) == whole
+    monkeypatch.undo()
+    older(crc ^ 1)
+    assert torch.equal(opened().images, first.images) and 'damaged cache' in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_to_is_checked_each_time(photos, tmp_path, monkeypatch, looks):
+    first = load(f'folder:{photos}', size=16, cache=tmp_path / 'c')
+    path, = (tmp_path / 'c').glob('*.npy')
+    os.utime(path, ns=(0, 0))
+    def read_only(*_): raise OSError(30, 'Read-only file system')
+    monkeypatch.setattr(caching, 'write_note', read_only)
+    looks.clear()
+    for n in (12, 24):
+        assert torch.equal(read_cache(path).images, first.images) and len(looks) == n
+
+
 def test_an_interrupted_cache_is_no_cache(photos, tmp_path, monkeypatch):
     paths = sorted(photos.rglob('*.jpg'))
-    path = cache_path(paths, 'x', 16, 'squash', tmp_path / 'c')
+    path = tmp_path / 'c' / 'x.npy'
 
     def interrupt(*a):
         raise KeyboardInterrupt
@@ -292,6 +402,37 @@ def test_pets_with_the_right_lists_but_missing_images(tmp_path):
     files.paths[5].unlink()
     with pytest.raises(InputError, match=f'1 listed images are not there, the first is .*{files.paths[5].name}'):
         load('pets37', root=tmp_path, cache=tmp_path / 'c')
+
+
+def listed(monkeypatch, *sets):
+    "Path and class of all images of torchvision data sets, as they open them."
+    opened = []
+    def note_path(path, *a, **k):
+        opened.append(path if isinstance(path, Path) else Path(path.name))     # or an open file
+        return Image.new('RGB', (1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, 'open', note_path)
+        labels = [one[i][1] for one in sets for i in range(len(one))]
+    return opened, labels
+
+
+def test_pets_lists_are_torchvisions(tmp_path, monkeypatch):
+    from torchvision.datasets import OxfordIIITPet
+    fake_pets(tmp_path)
+    for split, parts in (('train', ['trainval']), ('test', ['test']), ('all', ['trainval', 'test'])):
+        files = module.find_files('pets37', split, tmp_path)
+        sets = [OxfordIIITPet(tmp_path, split=part) for part in parts]
+        assert (files.paths, files.labels) == listed(monkeypatch, *sets) and files.classes == sets[0].classes
+    assert files.classes == ['Abyssinian', 'Pug'] and files.labels[:3] == [1, 0, 1]
+
+
+@needs_flowers
+def test_flowers_lists_are_torchvisions(monkeypatch):
+    from torchvision.datasets import Flowers102
+    for split, parts in (('train', ['train', 'val']), ('test', ['test'])):
+        files = module.find_files('flowers102', split, FLOWERS.parent)
+        sets = [Flowers102(FLOWERS.parent, split=part) for part in parts]
+        assert (files.paths, files.labels) == listed(monkeypatch, *sets) and files.classes == sets[0].classes
 
 
 @pytest.mark.parametrize('name', ['flowers102', 'pets37'])

@@ -1,15 +1,21 @@
 "The encoder: counts, determinism, mask leak, attention, other image sizes, saving, loading, and bf16."
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import gap
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from scott import encoder as encoder_module
+from scott.augment import eval_view
+from scott.data.sets import ImageSet
 from scott.encoder import (Attention, Block, Encoder, Transformer, feed_forward, patch_grid, scott_7_16, scott_12_16,
                            sincos_positions, vit_12_16)
+from scott.probe.features import encode
 
 SMALL = dict(img_size=64, embed_dim=64, depth=2, num_heads=4)
 
@@ -123,7 +129,7 @@ def test_images_of_a_batch_do_not_mix():
     encoder, (images, keep) = small(), images_and_keep(batch=3)
     together = encoder(images, keep)
     for i in range(3):
-        torch.testing.assert_close(encoder(images[i:i + 1], keep[i:i + 1])[0], together[i], atol=1e-5, rtol=0)
+        assert gap(encoder(images[i:i + 1], keep[i:i + 1])[0], together[i]) <= 1e-5
 
 
 # attention
@@ -160,17 +166,80 @@ def test_attention_is_what_the_forward_pass_uses():
     for i in (0, 1, -1, -2): assert torch.equal(encoder.attention(images, i), used[i])
 
 
+# one block's tokens, and the reading that is measured
+def bytes_of(batch=2, side=64, seed=2):
+    return torch.randint(256, (batch, 3, side, side), generator=torch.Generator().manual_seed(seed)).byte()
+
+
+@pytest.mark.parametrize('reg_tokens', [0, 2])
+@pytest.mark.parametrize('block', [0, 1, 2, -1, -2, -3])
+def test_tokens_after_a_block_are_those_of_an_encoder_that_ends_there(block, reg_tokens):
+    encoder, (images, keep) = small(depth=3, reg_tokens=reg_tokens), images_and_keep()
+    short = copy.deepcopy(encoder)
+    short.transformer.blocks = short.transformer.blocks[:block % 3 + 1]
+    for mask in (None, keep): assert torch.equal(encoder(images, mask, block=block), short(images, mask))
+    assert torch.equal(encoder.features(bytes_of(), block), short.features(bytes_of()))
+    whole = block in (2, -1)
+    assert torch.equal(encoder(images, keep, block), encoder(images, keep)) == whole
+
+
 @pytest.mark.parametrize('block', [2, -3])
-def test_attention_refuses_an_unknown_block(block):
-    with pytest.raises(ValueError, match=f'block={block}: there are 2 blocks'):
-        small().attention(torch.randn(1, 3, 64, 64), block)
+def test_an_unknown_block_is_refused(block):
+    encoder, (images, keep) = small(), images_and_keep()
+    calls = (lambda: encoder(images, keep, block), lambda: encoder.attention(images, block),
+             lambda: encoder.features(bytes_of(), block))
+    for call in calls:
+        with pytest.raises(ValueError, match=f'block={block}: there are 2 blocks: choose -2 to 1'): call()
+
+
+@pytest.mark.parametrize('side', [32, 64, 112])
+def test_features_are_what_the_probes_measure(side):
+    encoder, images = small(drop_rate=.5), bytes_of(67, side)  # more than one batch
+    data = ImageSet(images, torch.zeros(67).long(), torch.ones(67), ['flower'], 'toy', has_test=False, skipped=[])
+    found = encoder.features(images)
+    assert found.shape == (67, 64) and found.dtype == torch.float32 and found.device.type == 'cpu'
+    torch.testing.assert_close(found, encode(copy.deepcopy(encoder), data).means, atol=1e-6, rtol=1e-5)
+
+
+def test_features_by_hand():
+    encoder, images = small(), bytes_of()
+    encoder.transformer.blocks[-1].ffn.fc2.weight.data *= 500  # at random, tokens are nearly normalized already
+    tokens = encoder(eval_view(images))
+    by_hand = ((tokens - tokens.mean(-1, True)) / (tokens.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()).mean(1)
+    torch.testing.assert_close(encoder.features(images), by_hand, atol=1e-5, rtol=1e-5)
+    assert (tokens.mean(1) - by_hand).abs().max() > .1  # the plain mean is another reading
+
+
+def test_features_leave_no_trace():
+    encoder = small(drop_rate=.5).train()
+    encoder.tokenizer.eval()  # a part that was frozen by hand stays so
+    modes, before = [m.training for m in encoder.modules()], torch.get_rng_state()
+    first = encoder.features(bytes_of())
+    assert torch.equal(first, encoder.features(bytes_of())) and not first.requires_grad and not first.is_inference()
+    assert modes == [m.training for m in encoder.modules()] and torch.equal(before, torch.get_rng_state())
+    def broken(*args): raise RuntimeError
+    encoder.transformer.register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError): encoder.features(bytes_of())
+    assert modes == [m.training for m in encoder.modules()]
+
+
+def test_features_of_no_image():
+    assert small().features(bytes_of(0)).shape == (0, 64)
+
+
+@pytest.mark.parametrize('change, named', [
+    (lambda x: x.float(), 'float32'), (lambda x: x[0], r'\(3, 64, 64\)'), (lambda x: x[:, :1], r'\(2, 1, 64, 64\)'),
+    (lambda x: x[..., :48], r'\(2, 3, 64, 48\)'), (lambda x: x[..., :60, :60], 'multiple of 16.*60, 60')])
+def test_features_refuse_what_is_no_batch_of_images(change, named):
+    with pytest.raises(ValueError, match=named) as error: small().features(change(bytes_of()))
+    assert 'uint8 tensor of shape (N, 3, S, S)' in str(error.value) and '\n' not in str(error.value)
 
 
 # positions and image sizes
 def test_blocks_alone_do_not_know_positions():
     torch.manual_seed(0)
     block, x, perm = Block(64, 4).eval(), torch.randn(1, 16, 64), torch.randperm(16)
-    torch.testing.assert_close(block(x[:, perm]), block(x)[:, perm], atol=1e-5, rtol=0)
+    assert gap(block(x[:, perm]), block(x)[:, perm]) <= 1e-5
     pos = sincos_positions((4, 4), 64)
     assert (block(x[:, perm] + pos) - block(x + pos)[:, perm]).abs().max() > .1
 
@@ -302,8 +371,51 @@ def test_damaged_folders_raise_one_line(tmp_path, damage, named):
     assert str(tmp_path) in message and named in message and '\n' not in message
 
 
-def test_a_folder_that_is_not_there(tmp_path):
-    with pytest.raises(ValueError, match='nowhere'): Encoder.from_pretrained(tmp_path / 'nowhere')
+def asked(monkeypatch, answer):
+    "Replace the Hub: the list of repositories that it was asked for, and what it answers."
+    names = []
+    def hub(repo, **kwargs):
+        names.append((repo, kwargs['revision']))
+        if isinstance(answer, Exception): raise answer
+        return str(answer)
+    monkeypatch.setattr(encoder_module, 'snapshot_download', hub)
+    return names
+
+
+@pytest.mark.parametrize('source', ['runs/contxt', './nowhere', '../nowhere', '~/nowhere', '/nowhere/at/all', 'a/b/c',
+                                    'scott-flowers', 'runs/target/', Path('nowhere/here')])
+def test_what_can_only_be_a_path_is_never_looked_for_on_the_hub(tmp_path, monkeypatch, source):
+    names = asked(monkeypatch, RuntimeError('the Hub was asked'))
+    (tmp_path / 'runs').mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error: Encoder.from_pretrained(source)
+    message = str(error.value)
+    assert not names and '\n' not in message and str(source) in message and 'no such folder' in message
+
+
+def test_owner_and_name_are_looked_for_on_the_hub(tmp_path, monkeypatch):
+    small().save_pretrained(tmp_path / 'cache')
+    names = asked(monkeypatch, tmp_path / 'cache')
+    assert Encoder.from_pretrained('lab/flowers', revision='v1').depth == 2
+    monkeypatch.setitem(encoder_module.PUBLISHED, 'flowers', 'lab/other')
+    assert Encoder.from_pretrained('flowers').depth == 2
+    assert names == [('lab/flowers', 'v1'), ('lab/other', None)]
+
+
+def test_a_repository_that_cannot_be_had_is_one_line_without_the_hubs_traceback(monkeypatch):
+    asked(monkeypatch, FileNotFoundError('no connection\n' + 300 * 'x '))
+    with pytest.raises(ValueError) as error: Encoder.from_pretrained('lab/flwers')
+    message = str(error.value)
+    assert 'lab/flwers' in message and 'is no folder here' in message and 'Hub' in message and 'no connection' in message
+    assert '\n' not in message and len(message) < 500
+    assert error.value.__suppress_context__ and error.value.__cause__ is None
+
+
+def test_loading_draws_no_random_number(tmp_path):
+    small().save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    Encoder.from_pretrained(tmp_path)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 # mixed precision and the compiler

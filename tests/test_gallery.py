@@ -14,7 +14,7 @@ from PIL import Image
 
 from scott.train.config import Config, build, identity
 from scott.look.gallery import CAPTIONS, SAMPLE, Options, check_options, draw_sample, main, page
-from scott.train.run import write_checkpoint
+from scott.train.files import write_checkpoint
 
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
            device='cpu')

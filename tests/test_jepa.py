@@ -4,6 +4,8 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from scott.encoder import Encoder
 from scott.jepa import MIMJEPA, hidden_smooth_l1
@@ -200,6 +202,85 @@ def test_a_step_under_bfloat16_autocast_is_finite_and_near_the_32_bit_one():
     assert abs(loss.item() - exact) < .02 * exact  # bfloat16 has 8 bits: 0.4 % a rounding, and there are several
     assert all(torch.isfinite(p).all() for p in jepa.parameters())
     assert all(p.dtype == torch.float32 for p in jepa.parameters())
+
+
+# --- the step as a whole: traced, and on another device
+
+NOISY = dict(drop_rate=.3, attn_drop_rate=.2, drop_path_rate=.4)
+
+
+@pytest.mark.parametrize('reg_tokens', [0, 3])
+@pytest.mark.parametrize('tokenizer', ['sparse', 'patch'])
+def test_forward_and_loss_are_one_graph_and_equal_to_eager(tokenizer, reg_tokens):
+    jepa, *batch = make(tokenizer=tokenizer, reg_tokens=reg_tokens, **NOISY)
+    torch._dynamo.reset()
+    found = []
+    for step in (jepa.train(), torch.compile(jepa, fullgraph=True, backend='eager')):
+        torch.manual_seed(1)
+        jepa.zero_grad()
+        loss = step(*batch)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in jepa.parameters() if p.requires_grad)])
+    assert len(found[0]) > 10 and all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    torch.manual_seed(2)
+    assert jepa(*batch) != found[0][0]  # dropout is on
+
+
+def test_one_graph_under_autocast_too():
+    jepa, *batch = make(**NOISY)
+    torch._dynamo.reset()
+    losses = []
+    for step in (jepa.train(), torch.compile(jepa, fullgraph=True, backend='eager')):
+        torch.manual_seed(1)
+        with torch.autocast('cpu', torch.bfloat16): losses.append(step(*batch))
+    assert torch.equal(*losses)
+
+
+class Watch(TorchDispatchMode):
+    "Notes the operations whose results lie on another device, or have 64-bit floating-point numbers."
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.strange = device, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in tree_leaves(made):
+            if isinstance(x, torch.Tensor) and (x.device.type != self.device or x.dtype == torch.float64):
+                self.strange.add(f'{func}: {x.dtype} on {x.device}')
+        return made
+
+
+def whole_step(jepa, context, target, keep):
+    loss = jepa(context, target, keep)
+    loss.backward()
+    jepa.update_target(.9)
+    return loss.detach()
+
+
+@pytest.mark.parametrize('reg_tokens', [0, 3])
+@pytest.mark.parametrize('tokenizer', ['sparse', 'patch'])
+def test_a_step_stays_on_the_device_of_its_inputs_in_32_bits(tokenizer, reg_tokens):
+    jepa, *batch = make(tokenizer=tokenizer, reg_tokens=reg_tokens, **NOISY)
+    jepa, batch = jepa.to('meta').train(), [x.to('meta') for x in batch]  # takes the way of a GPU, computes nothing
+    with Watch('meta') as watch: assert whole_step(jepa, *batch).device.type == 'meta'
+    assert not watch.strange
+    images = torch.empty(2, 3, 96, 96, device='meta')  # positions are interpolated
+    with Watch('meta') as watch: jepa.context(images), jepa.context.attention(images)
+    assert not watch.strange
+    with Watch('meta') as watch: torch.zeros(1), torch.ones(1, dtype=torch.float64, device='meta')
+    assert len(watch.strange) == 2  # the test can fail
+
+
+@pytest.mark.parametrize('tokenizer', ['sparse', 'patch'])
+def test_a_step_on_a_cpu_asks_for_no_default_device(tokenizer):
+    jepa, *batch = make(tokenizer=tokenizer, reg_tokens=3, **NOISY)
+    jepa.train()
+    other, losses = copy.deepcopy(jepa), []
+    for net, device in ((jepa, 'cpu'), (other, 'meta')):
+        torch.manual_seed(1)
+        with torch.device(device), Watch('cpu') as watch: losses.append(whole_step(net, *batch))  # as set_default_device
+        assert not watch.strange
+    assert torch.equal(*losses)
 
 
 # --- errors

@@ -2,8 +2,10 @@
 import ast
 import importlib
 import re
-import runpy
+import subprocess
+import sys
 from configparser import ConfigParser
+from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,6 @@ FUNCTION = (ast.FunctionDef, ast.AsyncFunctionDef)
 parser = ConfigParser(delimiters=['='])
 parser.read(ROOT/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
-SCRIPTS = dict(line.split('=') for line in cfg['console_scripts'].split())
 
 modules = pytest.mark.parametrize('path', MODULES, ids=lambda p: p.relative_to(ROOT/'scott').as_posix())
 
@@ -28,30 +29,39 @@ def test_version():
     assert importlib.import_module('scott').__version__ == cfg['version']
 
 
-def test_setup_reads_settings(monkeypatch):
-    setuptools = pytest.importorskip('setuptools')
-    said = {}
-    monkeypatch.setattr(setuptools, 'setup', said.update)
-    monkeypatch.chdir(ROOT)
-    runpy.run_path(str(ROOT/'setup.py'))
-    folders = {'.'.join(p.parent.relative_to(ROOT).parts) for p in (ROOT/'scott').rglob('__init__.py')}
-    assert said['name'] == 'scott' and said['version'] == cfg['version'] and set(said['packages']) == folders
-    assert said['python_requires'] == '>=' + cfg['min_python']
-    assert said['install_requires'] == cfg['requirements'].split()
-    assert said['extras_require'] == {'dev': cfg['dev_requirements'].split()}
-    assert said['entry_points']['console_scripts'] == [f'{k}={v}' for k, v in SCRIPTS.items()]
-    assert said['entry_points']['nbdev'] == ['scott=scott._modidx:d']
-    assert not [r for r in said['install_requires'] if re.match('nbdev|fastcore|pytest', r)], 'a development tool at run time'
+@pytest.fixture(scope='module')
+def installed(tmp_path_factory):
+    """What `pip install` would put beside other packages, and what it would write down about it."""
+    place = tmp_path_factory.mktemp('installed')
+    subprocess.run([sys.executable, 'setup.py', '-q', 'egg_info', '--egg-base', place, 'build_py', '--build-lib', place],
+                   cwd=ROOT, check=True, capture_output=True)
+    return place
 
 
-def test_scripts_listed():
-    assert {'scott_pretrain', 'scott_probe', 'scott_visualize'} <= set(SCRIPTS)
+def test_an_installation_has_every_module(installed):
+    there, here = ({p.relative_to(top) for p in (top/'scott').rglob('*.py')} for top in (installed, ROOT))
+    assert there == here
 
 
-@pytest.mark.parametrize('script', SCRIPTS)
-def test_script_target(script):
-    module, name = SCRIPTS[script].split(':')
-    assert callable(getattr(importlib.import_module(module), name))
+def test_an_installation_asks_for_what_its_modules_import(installed):
+    about, = distributions(path=[str(installed)])
+    asked = {re.match(r'[\w-]+', r)[0] for r in about.requires if 'extra ==' not in r}
+    names = {(n.module if isinstance(n, ast.ImportFrom) else a.name).split('.')[0] for path in MODULES
+             for n in ast.walk(tree(path)) if isinstance(n, (ast.Import, ast.ImportFrom)) and not getattr(n, 'level', 0)
+             for a in n.names} - set(sys.stdlib_module_names) - {'scott'}
+    packages = packages_distributions()
+    imported = {packages[name][0] for name in names}
+    assert imported - {'pillow'} <= asked  # torchvision asks for Pillow
+    assert not [r for r in asked if re.match('nbdev|fastcore|pytest|jupyter', r)], 'a development tool at run time'
+    assert about.metadata['Name'] == 'scott' and about.version == importlib.import_module('scott').__version__
+
+
+def test_commands_of_an_installation_can_be_called(installed):
+    about, = distributions(path=[str(installed)])
+    commands = {e.name: e for e in about.entry_points if e.group == 'console_scripts'}
+    assert {'scott_pretrain', 'scott_probe', 'scott_visualize', 'scott_bench'} <= commands.keys()
+    for entry in about.entry_points:
+        assert callable(entry.load()) or entry.group == 'nbdev'
 
 
 @modules

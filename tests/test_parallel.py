@@ -15,10 +15,14 @@ import torch
 from PIL import Image
 
 from scott.train.config import LEVERS, Config
-from scott.data.sets import ImageSet, InputError, load, petals
-from scott.train.processes import Feed, Student, labeled, shares
-from scott.train.run import load_checkpoint, read_metrics
-from scott.train.trainer import Trainer, get_state, main, set_state
+from scott.data.sets import ImageSet, load, petals
+from scott.cli import InputError
+from scott.train.feed import Feed
+from scott.train.processes import Student, labeled, shares
+from scott.train.files import load_checkpoint
+from scott.train.run import read_metrics
+from scott.train.trainer import Trainer, get_state, set_state
+from scott.train.pretrain import main
 
 ROOT = Path(__file__).parents[1]
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, drop_rate=0.,

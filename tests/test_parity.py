@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import gap
 from safetensors.torch import load_file
 
 from scott.encoder import Encoder
@@ -14,7 +15,7 @@ from scott.jepa import MIMJEPA
 from scott.predictor import Predictor
 from scott.probe.classifiers import CrossAttentive, MultiHeadAttentive, SimpleAttentive
 
-FORWARD, STEPS = 1e-5, 1e-4  # absolute tolerances: forward passes and gradients; weights after three steps
+FORWARD, STEPS = 1e-5, 1e-4  # bounds of `gap`: forward passes and gradients; weights after three steps
 OUTPUTS = ('tokenizer_full tokenizer_masked encoder_full encoder_masked vit_full vit_masked attention_last '
            'predictor targets probe_simple probe_multihead probe_cross').split()
 
@@ -51,18 +52,13 @@ class Recorded:
             yield f'probe_{name}', load_official(cls(*size), self.part(f'probe_{name}.')).eval()
 
 
-def gap(ours, official):
-    assert ours.shape == official.shape
-    return (ours - official).abs().max().item()
-
-
 @pytest.fixture(scope='module', params=['tiny_swiglu', 'tiny_mlp_registers'])
 def recorded(request):
     where = os.environ.get('SCOTT_PARITY')
     if not where:
         pytest.skip('SCOTT_PARITY is not set: the numbers recorded from the released code are not in this repository')
     file = Path(where) / f'{request.param}.safetensors'
-    if not file.is_file(): pytest.skip(f'SCOTT_PARITY={where} has no {file.name}')
+    assert file.is_file(), f'SCOTT_PARITY={where} has no {file.name}'
     return Recorded(Path(where), request.param)
 
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from scott.augment import eval_view
 from scott.train.config import Config, build, draw_masks
-from scott.data.sets import InputError
+from scott.cli import InputError
 from scott.probe.features import read_tokens
 from scott.look.predictions import (agreement, fill_hidden, find_figure, find_patch, load_networks, mask_figure, mutual_pairs,
                            own_part, pairs_figure, predict, prediction_figure, visibility)

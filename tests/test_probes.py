@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_images
-from scipy.stats import bootstrap
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
@@ -17,7 +16,8 @@ from scott.probe import finetune
 from scott.probe import classifiers as probes
 from scott.probe import table as report
 from scott.train.config import Config as Pretraining
-from scott.data.sets import ImageSet, InputError
+from scott.data.sets import ImageSet
+from scott.cli import InputError
 from scott.encoder import Encoder
 from scott.data.petals import petals
 from scott.train.signs import knn
@@ -151,12 +151,47 @@ def test_linear_is_scikit_learns():
     assert np.allclose(ours.numpy(), theirs.decision_function(scaler.transform(test.means.numpy())), atol=1e-6)
 
 
-def test_interval_is_scipys():
-    right = torch.rand(1, 500, generator=torch.Generator().manual_seed(0)) < .3
-    theirs = bootstrap((right[0].double().numpy(),), np.mean, method='percentile', n_resamples=4000,
-                       random_state=np.random.default_rng(0)).confidence_interval
-    assert probes.interval(right) == pytest.approx([100 * theirs.low, 100 * theirs.high], abs=.6)
-    assert probes.interval(right.expand(3, -1)) == pytest.approx(probes.interval(right))
+def test_interval_is_the_percentiles_of_new_draws():
+    g = torch.Generator().manual_seed(0)
+    right = torch.rand(3, 500, generator=g) < .3
+    each = right.double().mean(0)
+    means = each[torch.randint(500, (4000, 500), generator=g)].mean(1)
+    low, high = (100 * means.quantile(q).item() for q in (.025, .975))
+    found = probes.interval(right)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=.3)
+    assert found == probes.interval(right)
+    assert probes.interval(right[:1]) == pytest.approx(probes.interval(right[:1].expand(3, -1)))
+    assert probes.interval(torch.ones(2, 9, dtype=torch.bool)) == (100, 100)
+    for one in (True, False): assert probes.interval(torch.tensor([[one]])) == (100 * one, 100 * one)
+
+
+def test_the_grid_of_neighbors_is_that_of_single_calls():
+    "To the bit, for few and for many images, and with a bank smaller than k."
+    for count, apart in ((30, 1.), (700, .5)):
+        train, test = synthetic(count, apart=apart), synthetic(1100, shift=1, apart=apart)
+        tried = list(probes.knn_grid(train.means, train.labels, test.means, 4))
+        assert len({tuple(setting.values()) for setting, _ in tried}) == 18
+        for setting, votes in tried:
+            assert torch.equal(votes, knn(train.means, train.labels, classes=4, **setting)(test.means))
+
+
+def test_the_neighbors_are_found_once_for_a_grid(monkeypatch):
+    calls, nearest = [], probes.nearest
+    monkeypatch.setattr(probes, 'nearest', lambda *a: calls.append(1) or nearest(*a))
+    probes.fit_probe('knn', synthetic(), 4)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_the_callers_random_numbers_go_on(name):
+    train, test = synthetic(), synthetic(shift=1)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    first = probes.evaluate(name, train, test, 4, epochs=1, seeds=(0,))
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(6)                                      # nor does the answer depend on them
+    assert probes.evaluate(name, train, test, 4, epochs=1, seeds=(0,)) == first
 
 
 # Leaks
@@ -171,6 +206,7 @@ def test_choices_do_not_see_the_test_split(run, monkeypatch):
         part = load(name, split, *args, **kwargs)
         if split == 'test':
             part.images, part.labels = torch.randint(256, part.images.shape, dtype=torch.uint8), part.labels.flip(0)
+            part.identity, part.prints = '', []               # they are not the files' any more
         return part
     monkeypatch.setattr(features, 'load', other)
     assert chosen() == before

@@ -7,7 +7,7 @@ import pytest
 from conftest import write_images
 
 from scott.lab import reproduction
-from scott.data.sets import InputError
+from scott.cli import InputError
 
 RESULTS = Path(__file__).parents[1] / 'nbs' / 'results'
 TOY = ('--preset demo --epochs 2 --warmup-epochs 0 --embed-dim 32 --depth 3 --predictor-depth 1 --img-size 48 '

@@ -14,10 +14,12 @@ import torch
 
 from scott import __version__
 from scott.train import run as runs
-from scott.data.sets import InputError
+from scott.cli import InputError
 from scott.encoder import Encoder
-from scott.train.run import (StopSignal, clear_parts, describe_machine, digest, load_checkpoint, read_metrics, save_encoder,
-                        write_atomic, write_checkpoint)
+from scott.train.trainer import StopSignal
+from scott.train.files import clear_parts, digest, load_checkpoint, write_atomic, write_checkpoint
+from scott.train.machine import describe_machine
+from scott.train.run import read_metrics, save_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -198,8 +200,8 @@ def test_the_way_back_is_named_and_works(tmp_path):
 FULL = '''
 import json, resource, signal, sys, torch
 from pathlib import Path
-from scott.data.sets import InputError
-from scott.train.run import load_checkpoint, write_atomic, write_checkpoint
+from scott.cli import InputError
+from scott.train.files import load_checkpoint, write_atomic, write_checkpoint
 run = Path(sys.argv[1])
 state = lambda step: {'step': step, 'a': torch.full((50_000,), float(step)), 'b': torch.arange(100)}
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -284,7 +286,7 @@ def test_a_full_disk_while_encoders_are_saved(tmp_path, monkeypatch):
 KILLED = '''
 import json, os, random, signal, sys, time, torch
 from pathlib import Path
-from scott.train.run import clear_parts, load_checkpoint, older_checkpoints, write_checkpoint
+from scott.train.files import clear_parts, load_checkpoint, older_checkpoints, write_checkpoint
 torch.set_num_threads(1)
 run, chance = Path(sys.argv[1]), random.Random(0)
 state = lambda step: {'step': step, 'weights': torch.full((500_000,), float(step))}
@@ -380,7 +382,7 @@ def test_elsewhere_than_in_the_main_thread_nothing_happens():
 
 STOPPED = '''
 import json, os, signal, sys, time
-from scott.train.run import StopSignal
+from scott.train.trainer import StopSignal
 codes = []
 for numbers in ((15, 15), (2, 2), (15, 2), (2,)):
     child = os.fork()

@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import gap
 from torch import nn
 
 from scott.masking import blockwise, uniform
@@ -122,7 +123,7 @@ def test_each_image_has_its_own_mask():
     model, images = tokenizer('sparse'), torch.randn(3, 3, 64, 64, generator=seeded(0))
     keep = blockwise(3, (4, 4), generator=seeded(0))
     alone = torch.cat([model(images[i:i + 1], keep[i:i + 1]) for i in range(3)])
-    torch.testing.assert_close(model(images, keep), alone)
+    assert gap(model(images, keep), alone) <= 1e-5
 
 
 def test_max_blur_pool():

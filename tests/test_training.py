@@ -19,12 +19,15 @@ from PIL import Image
 from scott.train import processes as parallel
 from scott.train import trainer as training
 from scott.train.config import Config, make_config
-from scott.data.sets import ImageSet, InputError, petals
+from scott.data.sets import ImageSet, petals
+from scott.cli import InputError
 from scott.encoder import Encoder
-from scott.train.processes import epoch_order, stream
-from scott.train.run import load_checkpoint, read_metrics, write_checkpoint
+from scott.train.feed import epoch_order, stream
+from scott.train.files import load_checkpoint, write_checkpoint
+from scott.train.run import read_metrics
 from scott.schedule import linear, make_optimizer, warmup_flat_cosine
-from scott.train.trainer import Trainer, get_state, main, pretrain, save, set_state
+from scott.train.trainer import Trainer, get_state, save, set_state
+from scott.train.pretrain import main, pretrain
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=1, predictor_depth=1, batch_size=16, epochs=3,
@@ -679,6 +682,6 @@ def test_a_run_begun_on_a_cpu_goes_on_on_a_gpu(flowers, amp):
 
 if __name__ == '__main__':
     torch.set_num_threads(1)
-    from scott.train.run import describe_machine
+    from scott.train.machine import describe_machine
     record = dict(command='python tests/test_training.py', machine=describe_machine(torch.device('cpu')))
     GOLDEN.write_text(json.dumps({**record, 'losses': golden_losses()}, indent=1) + '\n')

@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA
 
 from scott.augment import eval_view
 from scott.train.config import Config, build
-from scott.data.sets import InputError
+from scott.cli import InputError
 from scott.encoder import Encoder
 from scott.probe.features import read_tokens
 from scott.data.petals import petals

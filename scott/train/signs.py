@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'ENOUGH', 'RULES', 'PANEL', 'rankme', 'mean_cosine', 'look', 'weight_distance', 'rows_of_parts', 'part_norms',
-           'knn', 'Neighbors', 'Rule', 'unexplained', 'verdict', 'panel', 'health_line']
+           'Nearest', 'nearest', 'vote', 'knn', 'Neighbors', 'Rule', 'unexplained', 'verdict', 'panel', 'health_line']
 
 # %% ../../nbs/24_signs.ipynb #d2535fe5
 from collections.abc import Callable
@@ -78,6 +78,32 @@ def part_norms(
     return (rows @ torch.stack(torch._foreach_norm(grads)).float().square()).sqrt()
 
 # %% ../../nbs/24_signs.ipynb #5f4be29c
+class Nearest(NamedTuple):
+    "The nearest rows of a bank for each of M queries, the nearest first."
+    cosines: Tensor  # (M, k)
+    rows: Tensor  # (M, k) int64: which rows of the bank
+
+def nearest(
+    bank: Tensor,  # (N, D) features of the images whose classes are known
+    queries: Tensor,  # (M, D)
+    k: int,  # how many to find; all N if there are fewer
+) -> Nearest:
+    "The k nearest rows by cosine."
+    unit = F.normalize(bank, dim=-1)
+    found = [(F.normalize(q, dim=-1) @ unit.T).topk(min(k, len(unit))) for q in queries.split(1024)]  # b k
+    return Nearest(*(torch.cat(parts) for parts in zip(*found)))
+
+def vote(
+    near: Nearest,  # at least k neighbors of M queries, or all there are
+    labels: Tensor,  # (N,) classes of the bank
+    k: int,  # how many of them vote
+    classes: int,  # C
+    temperature: float = .07,  # a vote weighs exp(cosine / temperature)
+) -> Tensor:  # (M, C) votes
+    "The votes of the k nearest; near ones have more weight, as in DINO (arXiv 2104.14294)."
+    weights = (near.cosines[:, :k] / temperature).exp()
+    return weights.new_zeros(len(weights), classes).scatter_add_(1, labels[near.rows[:, :k]], weights)
+
 def knn(
     x: Tensor,  # (N, D) features of the images whose classes are known
     y: Tensor,  # (N,) their classes
@@ -85,13 +111,8 @@ def knn(
     classes: int,  # C
     temperature: float = .07,  # a vote weighs exp(cosine / temperature)
 ) -> Callable:  # a function (M, D) -> (M, C) votes
-    "Nearest neighbors by cosine; near ones have more weight, as in DINO (arXiv 2104.14294)."
-    bank = F.normalize(x, dim=-1)
-    def predict(queries):
-        near, rows = (F.normalize(queries, dim=-1) @ bank.T).topk(min(k, len(bank)))  # m k
-        votes = torch.zeros(len(queries), classes, device=x.device)
-        return votes.scatter_add_(1, y[rows], (near / temperature).exp())
-    return lambda queries: torch.cat([predict(q) for q in queries.split(1024)])
+    "The classifier made of `nearest` and `vote`."
+    return lambda queries: vote(nearest(x, queries, k), y, k, classes, temperature)
 
 # %% ../../nbs/24_signs.ipynb #edda9889
 class Neighbors:

@@ -1,0 +1,70 @@
+"""All checks, one after the other though one fails, and at the end a list of what failed.
+
+`python tests/check.py`       the export, the cleaning, then every page and beside it the tests that aren't slow
+`python tests/check.py slow`  the slow tests and the pages with slow cells
+"""
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+PAGES, TESTS = r'^\t(\S+\.ipynb)$', r'^(?:FAILED|ERROR) (\S+)'  # how nbdev_test and pytest name what failed
+PYTEST = [sys.executable, '-m', 'pytest', '-q', '-rfEs', '--tb=short', '--durations=10', 'tests']
+
+
+def run(name, command, pattern):
+    """Run a command, its lines printed behind `name`; what failed, as lines: the matches of `pattern`."""
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PYTHONUNBUFFERED': '1'}
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, errors='replace')
+    failed = []
+    for line in process.stdout:
+        print(f'{name:6}| {line}', end='', flush=True)
+        failed += re.findall(pattern, line)
+    if process.wait() and not failed:
+        failed = [f'exit code {process.returncode}: {" ".join(map(str, command))}']
+    return [f'{name}: {what}' for what in failed]
+
+
+def files(folder, suffix):
+    """The contents of a folder's files by path, without hidden folders."""
+    paths = [p.relative_to(ROOT) for p in (ROOT/folder).rglob('*' + suffix)]
+    return {p.as_posix(): (ROOT/p).read_bytes() for p in paths if not any(part[0] in '._' for part in p.parent.parts)}
+
+
+def unchanged(command, folder, suffix):
+    """Run a command of nbdev that must leave a folder as it is: the files that it changed, made or removed."""
+    before = files(folder, suffix)
+    failed = run(command, [BIN/command], r'(?!)')
+    after = files(folder, suffix)
+    changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
+    return failed + [f'{command} changed {path}: look at it, then commit it' for path in changed]
+
+
+def quick():
+    """What `make test` runs; what failed."""
+    failed = unchanged('nbdev_export', 'scott', '.py') + unchanged('nbdev_clean', 'nbs', '.ipynb')
+    workers = str(max(1, os.cpu_count() - 1))  # one core is for the tests
+    steps = [('pages', [BIN/'nbdev_test', '--n_workers', workers, '--timing'], PAGES),
+             ('tests', [*PYTEST, '-m', 'not slow'], TESTS)]
+    with ThreadPoolExecutor() as pool:
+        return failed + sum(pool.map(lambda step: run(*step), steps), [])
+
+
+def slow():
+    """What `make test-slow` runs; what failed."""
+    failed = run('tests', [*PYTEST, '-m', 'slow'], TESTS)
+    for page, content in sorted(files('nbs', '.ipynb').items()):
+        if re.search(rb'"#\| *slow\b', content):
+            failed += run('pages', [BIN/'nbdev_test', '--path', ROOT/page, '--flags', 'slow'], PAGES)
+    return failed
+
+
+if __name__ == '__main__':
+    failed = slow() if sys.argv[1:] == ['slow'] else quick()
+    print('\n' + '\n'.join(['FAILED', *failed] if failed else ['All checks passed.']))
+    sys.exit(bool(failed))

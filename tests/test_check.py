@@ -1,0 +1,52 @@
+"""What `make test` lists at its end: every failure of every step, whichever failed first."""
+import json
+import sys
+
+import check
+import pytest
+
+
+def script(code):
+    return [sys.executable, '-c', code]
+
+
+@pytest.mark.parametrize('code, pattern, failed', [
+    ('print("fine")', check.TESTS, []),
+    (r'print("\t10_a.ipynb\nother.ipynb\n\tsub/11_b.ipynb"); raise SystemExit(1)', check.PAGES,
+     ['x: 10_a.ipynb', 'x: sub/11_b.ipynb']),
+    ('print("FAILED tests/a.py::b - assert 0\\n2 FAILED\\nERROR tests/c.py"); raise SystemExit(1)', check.TESTS,
+     ['x: tests/a.py::b', 'x: tests/c.py']),
+    ('import os; os.kill(os.getpid(), 9)', check.TESTS, ['x: exit code -9: '])], ids=['none', 'pages', 'tests', 'killed'])
+def test_every_failure_of_a_step_is_listed(code, pattern, failed):
+    found = check.run('x', script(code), pattern)
+    assert len(found) == len(failed) and all(f.startswith(start) for f, start in zip(found, failed))
+
+
+def test_a_file_that_a_command_changes_makes_or_removes_is_named(tmp_path, monkeypatch):
+    for name in ('same.py', 'old.py', 'gone.py', '.hidden/a.py', 'notes.txt'):
+        (tmp_path/'scott'/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'scott'/name).write_text('x = 1')
+    tool = tmp_path/'tool'
+    tool.write_text('#!/bin/sh\ncd scott\necho y > old.py\nrm gone.py\necho > new.py\necho > notes.txt\necho > .hidden/a.py\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(check, 'ROOT', tmp_path)
+    monkeypatch.setattr(check, 'BIN', tmp_path)
+    found = check.unchanged('tool', 'scott', '.py')
+    assert found == [f'tool changed scott/{name}.py: look at it, then commit it' for name in ('gone', 'new', 'old')]
+
+
+def test_a_failing_step_does_not_hide_the_next(monkeypatch):
+    monkeypatch.setattr(check, 'unchanged', lambda command, *_: [command])
+    monkeypatch.setattr(check, 'run', lambda name, *_: [name])
+    assert check.quick() == ['nbdev_export', 'nbdev_clean', 'pages', 'tests']
+
+
+def test_slow_cells_are_found(tmp_path, monkeypatch):
+    for name, first in (('10_a', '#| slow'), ('11_b', '#| hide'), ('.ipynb_checkpoints/12_c', '#| slow')):
+        page = tmp_path/'nbs'/f'{name}.ipynb'
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(json.dumps(dict(cells=[dict(source=[first + '\n', 'x = 1'])])))
+    monkeypatch.setattr(check, 'ROOT', tmp_path)
+    monkeypatch.setattr(check, 'run', lambda name, command, _: [f'{name} {" ".join(map(str, command))}'])
+    tests, page = check.slow()
+    assert tests.endswith('-m slow') and f'--path {tmp_path}/nbs/10_a.ipynb --flags slow' in page
