@@ -66,7 +66,7 @@ class Values(NamedTuple):
 class Schedule(NamedTuple):
     "Learning rate, weight decay and momentum of a whole run, as functions of the step (arXiv 2502.18056)."
     total: int  # optimizer steps of the run
-    warmup: int  # steps of linear warm-up, less than total
+    warmup: float  # steps of linear warm-up, less than total
     lr: float  # learning rate after the warm-up
     lr_start: float = 1e-6  # before the first step
     lr_final: float = 1e-5  # of the last step
