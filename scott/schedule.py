@@ -55,11 +55,13 @@ def warmup_flat_cosine(
     angle = math.pi * (step - fall) / (total - fall)    # 0 … pi
     return final + (peak - final) * (1 + math.cos(angle)) / 2
 
+# %% ../nbs/22_schedule.ipynb #6ea47592
 class Values(NamedTuple):
     "What the schedules give for one step."
     lr: float  # learning rate
     wd: float  # weight decay of matrices and kernels
     momentum: float  # m of the target's moving average
+
 
 class Schedule(NamedTuple):
     "Learning rate, weight decay and momentum of a whole run, as functions of the step (arXiv 2502.18056)."
@@ -69,10 +71,10 @@ class Schedule(NamedTuple):
     lr_start: float = 1e-6  # before the first step
     lr_final: float = 1e-5  # of the last step
     flat: float = .72  # share of the steps after the warm-up at the full learning rate
-    wd: float = .04  # weight decay at the start
-    wd_final: float = .4  # and at the end
-    momentum: float = .996  # the target's momentum at the start
-    momentum_final: float = 1.  # and at the end
+    wd: float = .04  # weight decay before the first step
+    wd_final: float = .4  # of the last step
+    momentum: float = .996  # of the target, before the first step
+    momentum_final: float = 1.  # of the last step
 
     def at(self, step: int) -> Values:  # the optimizer step, counted from 1
         "The values that a step uses; ValueError for a step outside the run."
@@ -81,6 +83,7 @@ class Schedule(NamedTuple):
             linear(step, self.total, self.wd, self.wd_final),
             linear(step, self.total, self.momentum, self.momentum_final))
 
+# %% ../nbs/22_schedule.ipynb #68a86022
 def make_optimizer(
     model: torch.nn.Module,
     fused: bool = True,  # all tensors in one call
@@ -90,6 +93,7 @@ def make_optimizer(
     return torch.optim.AdamW([{'params': [p for p in params if p.ndim > 1]},
                               {'params': [p for p in params if p.ndim <= 1]}], betas=(.9, .999), fused=fused)
 
+# %% ../nbs/22_schedule.ipynb #6691cfb6
 def set_values(
     opt: torch.optim.Optimizer,  # from `make_optimizer`
     values: Values,  # of the step about to be made

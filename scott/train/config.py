@@ -67,8 +67,8 @@ class Config:
     seed: int = opt(0, 'seed of weights, order, crops, masks and dropout', low=0, high=2**63 - 1)
     device: str = opt('auto', 'cpu, cuda, cuda:N (the N-th NVIDIA GPU, from 0) or mps (the GPU of a Mac; untested); '
                       'auto takes a GPU if there is one', free=True)
-    amp: str = opt('auto', 'number type of the products; off: float32; auto: bf16 on GPUs from capability 8 and on CPUs '
-                   'with bf16 units, fp16 on older GPUs, off on mps', choices=('auto', 'bf16', 'fp16', 'off'))
+    amp: str = opt('auto', 'number type of the products; off: float32; auto: bf16 on GPUs from capability 8 and on '
+                   'CPUs with bf16 units, fp16 on older GPUs, off on mps', choices=('auto', 'bf16', 'fp16', 'off'))
     compile: bool = opt(True, 'torch.compile on GPUs from capability 8 (A100 and newer); never on a CPU, mps or older '
                         'GPUs, where it does not pay', free=True)
     accumulate: int = opt(1, 'micro-batches that a batch is computed in, one after the other, to save memory', low=1,

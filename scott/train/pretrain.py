@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from ..augment import eval_view
 from ..cli import InputError, check_names, parser_of, run_cli
