@@ -172,7 +172,7 @@ def _schedule(slot, strength):
     own, mean = luma * (blend >= 2)[:, None, None], luma * (blend == 1)[:, None, None]
     matrices = np.tile(np.eye(3, 6, dtype=np.float32), (len(slot), 7, 1, 1))    # v 7 3 6: change nothing
     matrices[view, begin[view] + rank[view, blend]] = np.concatenate([f * np.eye(3) + own, mean], 2)
-    begin = np.where(on.any(1), np.minimum(begin, end - 3), 7)          # a lone grayscale: after two that change nothing
+    begin = np.where(on.any(1), np.minimum(begin, end - 3), 7)          # a lone grayscale: two idle ones first
     end = np.where(on.any(1), end, 7)
     order = np.lexsort((end, begin))
     return order, [((end <= k).sum(), (begin <= k).sum()) for k in range(7)], matrices[order]

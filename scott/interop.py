@@ -11,7 +11,7 @@ from torch import nn
 
 from .encoder import Encoder
 from .predictor import Predictor
-from .probe.classifiers import CrossAttentive, MultiHeadAttentive, SimpleAttentive
+from .probe.heads import CrossAttentive, MultiHeadAttentive, SimpleAttentive
 
 # %% ../nbs/90_interop.ipynb #eb01a07d
 _BLOCKS = (

@@ -112,7 +112,7 @@ def blockwise(
         blocks = _propose(left, grid, numbers(4, tries, len(image)).numpy())     # 4 tries b
         new = blocks[2] * blocks[3] - _covered(_summed_area(keep), *blocks)      # tries b
         usable = (new > 0) & (new <= left)
-        first = usable.argmax(0)                                         # b: the first usable proposal; 0 if there is none
+        first = usable.argmax(0)                                         # b: the first usable proposal, 0 if none is
         found = usable[first, each]
         keep |= _rectangles(*blocks[:, first, each] * found, grid)
         left = left - new[first, each] * found
@@ -131,7 +131,7 @@ def multiblock(
     grid=(14, 14),               # (rows, columns) of patches, both at least 3; N = rows x columns
     ratio=0.6,                   # hidden fraction of the patches
     *,
-    generator=None,              # torch.Generator; the mask is returned on its device (None: torch's default, on the CPU)
+    generator=None,              # torch.Generator; the mask is returned on its device (None: torch's, on the CPU)
     targets=4,                   # number of target blocks
     target_scale=(0.15, 0.2),    # area of a target block, as a fraction of the grid
     target_aspect=(0.75, 1.5),   # its height / width, relative to the grid's

@@ -1,11 +1,15 @@
 "Each operation against torchvision's on the same parameters, the distributions, the shared geometry, bad input."
+import itertools
+
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from scott import augment
-from scott.augment import cubic_matrix, draw_changes, eval_view, random_boxes, recolor, resample, two_views
+from scott.augment import (apply_views, cubic_matrix, draw_changes, draw_views, eval_view, random_boxes, recolor,
+                           resample, two_views)
 
 
 def seeded(seed=0):
@@ -138,16 +142,76 @@ def test_probabilities_and_order():
         assert abs(column.mean() - (low + high) / 2) < 4 * (high - low) / 12 ** 0.5 / n ** 0.5
 
 
-def test_recolor_equals_the_loop_over_images():
-    x = pictures(40, 16) / 255
-    slot, strength = draw_changes(40, color=1.0, generator=seeded(7))
-    grouped = recolor(x.clone(), slot, strength)
-    for i in range(40):
-        image = x[i:i + 1]
-        for change in slot[i].argsort().tolist():
-            if slot[i, change] >= 0:
-                image = augment.CHANGES[change](image, strength[i:i + 1, change])
-        torch.testing.assert_close(grouped[i:i + 1], image, atol=1e-5, rtol=0)
+def one_by_one(x, slot, strength):
+    "Each view's operations in its own order, one view after the other; view v shows image v modulo len(x)."
+    views = []
+    for v, (row, amount) in enumerate(zip(slot, strength)):
+        image = x[v % len(x)][None]
+        for change in row.argsort().tolist():
+            if row[change] >= 0:
+                image = augment.CHANGES[change](image, amount[change:change + 1])
+        views.append(image)
+    return torch.cat(views)
+
+
+def every_order():
+    "The slots of all views there can be: which groups are done, in which order, and the order within the jitter."
+    rows = []
+    for order in itertools.permutations((0, 1, 2)):
+        for done in itertools.product((False, True), repeat=3):
+            for jitter in itertools.permutations(range(4)):
+                changes = [c for group in order if done[group] for c in (jitter, (4,), (5,))[group]]
+                rows.append([changes.index(c) if c in changes else -1 for c in range(6)])
+    return torch.tensor(rows).unique(dim=0)
+
+
+def test_recolor_equals_the_single_operations_in_every_order():
+    slot = every_order()
+    assert len(slot) == 1 + 1 + 1 + 2 + 24 * (1 + 2 + 2 + 6)            # none, gray, blur, both; with jitter
+    strength = draw_changes(len(slot), generator=seeded(1))[1]
+    x = pictures(len(slot), 16) / 255
+    before = x.clone()
+    gap = (recolor(x, slot, strength) - one_by_one(x, slot, strength)).abs().max()
+    assert gap < 2e-6                                                   # a few roundings, enlarged by contrast
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_recolor_equals_the_single_operations_on_two_views(seed):
+    x = pictures(20, 24, seed) / 255
+    slot, strength = draw_changes(40, generator=seeded(seed))
+    torch.testing.assert_close(recolor(x, slot, strength), one_by_one(x, slot, strength), atol=2e-6, rtol=0)
+
+
+def test_nothing_to_change():
+    x = pictures(3, 16) / 255
+    never = torch.full((6, 6), -1), torch.ones(6, 6)
+    assert torch.equal(recolor(x, *never), torch.cat([x, x]))
+
+
+def test_number_of_operations():
+    """Independent of the batch and of the draws: every order fits the same sequence of operations."""
+    views = {'view', '_unsafe_view', 'alias', 'select', 'slice', 'unsqueeze', 'expand', 'permute', 'transpose', 'split',
+             'split_with_sizes', 'unbind', 'detach', 'lift_fresh'}      # they compute nothing
+
+    class Counter(TorchDispatchMode):
+        count, dtypes = 0, set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            self.count += func.overloadpacket.__name__ not in views
+            self.dtypes |= {t.dtype for t in (result if isinstance(result, (tuple, list)) else [result])}
+            return result
+
+    slot = every_order()
+    slot = slot[: len(slot) // 2 * 2].view(2, -1, 6)
+    n = slot.shape[1]
+    every = draw_views(torch.ones(n), seeded())._replace(slot=slot, strength=draw_changes(2 * n)[1].view(2, n, 6))
+    for draws in (every, draw_views(torch.ones(64), seeded()), draw_views(torch.ones(64), seeded(1), color=1.)):
+        images = pictures(len(draws.flip), 16)
+        with Counter() as counter: apply_views(images, draws, 16)
+        assert counter.count <= 104
+        assert torch.float64 not in counter.dtypes                      # Apple's graphics chips have none
 
 
 # -- two views -------------------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_features_are_what_the_probes_measure(side):
     data = ImageSet(images, torch.zeros(67).long(), torch.ones(67), ['flower'], 'toy', has_test=False, skipped=[])
     found = encoder.features(images)
     assert found.shape == (67, 64) and found.dtype == torch.float32 and found.device.type == 'cpu'
-    torch.testing.assert_close(found, encode(copy.deepcopy(encoder), data).means, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, encode(copy.deepcopy(encoder), data).means, atol=1e-5, rtol=1e-5)
 
 
 def test_features_by_hand():
@@ -406,7 +406,7 @@ def test_a_repository_that_cannot_be_had_is_one_line_without_the_hubs_traceback(
     asked(monkeypatch, FileNotFoundError('no connection\n' + 300 * 'x '))
     with pytest.raises(ValueError) as error: Encoder.from_pretrained('lab/flwers')
     message = str(error.value)
-    assert 'lab/flwers' in message and 'is no folder here' in message and 'Hub' in message and 'no connection' in message
+    assert all(word in message for word in ('lab/flwers', 'is no folder here', 'Hub', 'no connection'))
     assert '\n' not in message and len(message) < 500
     assert error.value.__suppress_context__ and error.value.__cause__ is None
 

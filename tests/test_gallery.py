@@ -13,7 +13,7 @@ from conftest import write_images
 from PIL import Image
 
 from scott.train.config import Config, build, identity
-from scott.look.gallery import CAPTIONS, SAMPLE, Options, check_options, draw_sample, main, page
+from scott.look.gallery import CAPTIONS, SAMPLE, Options, check_options, draw, draw_sample, main, page
 from scott.train.files import write_checkpoint
 
 TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
@@ -206,3 +206,10 @@ def test_damaged_runs(place, tmp_path, capsys, damage, says):
     err = [line for line in capsys.readouterr().err.strip().splitlines() if 'Loading weights' not in line]
     assert end.value.code == 2 and len(err) == 1 and says in err[0] and (str(run) in err[0])
     assert not (run / 'gallery').exists()
+
+
+def test_drawing_leaves_the_global_generator(place):
+    before = torch.get_rng_state()
+    facts, pictures = draw(Options(str(place / 'run'), images=2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert facts['step'] == '1,234' and list(pictures) == ALL and all(p.title and p.figure for p in pictures.values())

@@ -276,9 +276,9 @@ def test_a_step_on_a_cpu_asks_for_no_default_device(tokenizer):
     jepa, *batch = make(tokenizer=tokenizer, reg_tokens=3, **NOISY)
     jepa.train()
     other, losses = copy.deepcopy(jepa), []
-    for net, device in ((jepa, 'cpu'), (other, 'meta')):
+    for net, device in ((jepa, 'cpu'), (other, 'meta')):  # as after torch.set_default_device
         torch.manual_seed(1)
-        with torch.device(device), Watch('cpu') as watch: losses.append(whole_step(net, *batch))  # as set_default_device
+        with torch.device(device), Watch('cpu') as watch: losses.append(whole_step(net, *batch))
         assert not watch.strange
     assert torch.equal(*losses)
 

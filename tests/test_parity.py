@@ -13,7 +13,7 @@ from scott.encoder import Encoder
 from scott.interop import load_official
 from scott.jepa import MIMJEPA
 from scott.predictor import Predictor
-from scott.probe.classifiers import CrossAttentive, MultiHeadAttentive, SimpleAttentive
+from scott.probe.heads import CrossAttentive, MultiHeadAttentive, SimpleAttentive
 
 FORWARD, STEPS = 1e-5, 1e-4  # bounds of `gap`: forward passes and gradients; weights after three steps
 OUTPUTS = ('tokenizer_full tokenizer_masked encoder_full encoder_masked vit_full vit_masked attention_last '

@@ -273,6 +273,41 @@ def test_an_interrupted_probe_goes_on_from_its_features(run, monkeypatch):
     assert judge(run)['rows'] == rows
 
 
+def test_the_key_and_the_duplicates_read_no_pixels(run, monkeypatch):
+    "What it needs to know of the pixels is kept: the key of the features, and which images are the same."
+    first = judge(run, probes='linear')
+    seen, digest = [], features.digest
+    monkeypatch.setattr(features, 'digest', lambda state: seen.append(state) or digest(state))
+    monkeypatch.setattr(features, 'encode', None)
+    monkeypatch.setattr(features, 'fingerprint', None)
+    assert judge(run, probes='linear')['rows'] == first['rows']
+    keys = [s['images'] for s in seen if 'images' in s]
+    assert len(keys) == 6 and {type(k) for k in keys} == {str} and len(set(keys)) == 2   # a training and a test split
+
+
+def test_the_key_of_features(monkeypatch):
+    def data(**other):
+        images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+        return ImageSet(**{**dict(images=images, labels=torch.zeros(2), aspect=torch.ones(2), classes=[], name='',
+                                  has_test=False, skipped=[]), **other})
+    def encoder(**other):
+        torch.manual_seed(0)
+        return Encoder(img_size=32, **{**dict(depth=2, embed_dim=16, num_heads=2), **other})
+    key, plain = features.content_key, encoder()
+    found = [key(plain, data()), key(plain, data(images=torch.ones(2, 3, 32, 32, dtype=torch.uint8))),
+             key(plain, data(identity='a')), key(plain, data(identity='b')), key(plain, data(), norm=True),
+             key(encoder(num_heads=4), data()), key(features.cut(plain, 0), data())]
+    assert key(encoder(), data(name='other', labels=torch.ones(2))) == found[0]
+    assert key(plain, data(identity='a', images=None)) == found[2]
+    monkeypatch.setattr(features, 'FEATURES_VERSION', 2)
+    assert len({*found, key(plain, data()), key(plain, data(identity='a'))}) == 9
+
+
+def test_a_repr_holds_no_tensors():
+    assert repr(synthetic()) == 'features of 200 images: 32 numbers each, 9 tokens each'
+    assert len(repr(features.Stored(synthetic(), 'here'))) < 150
+
+
 def test_features_of_other_weights_are_not_used(run):
     before, files = judge(run, probes='linear')['rows'], set((run / 'features').iterdir())
     torch.manual_seed(5)

@@ -74,8 +74,8 @@ def test_range_determinism_and_sign():
     found = token_pca(t, (4, 4))
     assert found.min() == 0 and found.max() == 1
     assert torch.equal(found, token_pca(t.clone(), (4, 4)))
-    axes = principal_axes(t.flatten(0, 1))[1]
-    turned = principal_axes(t.flatten(0, 1).flip(0))[1]  # the same tokens in another order
+    axes = principal_axes(t.flatten(0, 1)).axes
+    turned = principal_axes(t.flatten(0, 1).flip(0)).axes  # the same tokens in another order
     assert torch.allclose(axes, turned, atol=1e-6)
     assert (axes.gather(0, axes.abs().argmax(0, keepdim=True)) > 0).all()
 
@@ -285,6 +285,14 @@ def test_encoders_of_a_run(run):
     assert all(torch.equal(w, initial[k]) for k, w in found['random'].state_dict().items())
     assert all(torch.equal(w, stored[k]) for k, w in found['trained'].state_dict().items())
     assert not torch.equal(stored['mask_token'], initial['mask_token'])
+
+
+def test_loading_leaves_the_global_generator_and_its_result_has_names(run):
+    before = torch.get_rng_state()
+    found = load_run(run)
+    assert torch.equal(before, torch.get_rng_state())
+    assert found.config.embed_dim == 32 and list(found.encoders) == ['random', 'trained']
+    assert len(repr(principal_axes(torch.rand(9, 64)))) < 100
 
 
 @pytest.mark.parametrize('changes, says', [

@@ -112,7 +112,7 @@ def pets_files(
     classes = fetch(OxfordIIITPet, folder).classes
     counts = {'train': dict(trainval=3680), 'test': dict(test=3669), 'all': dict(trainval=3680, test=3669)}[split]
     lists = {part: (folder / 'annotations' / f'{part}.txt').read_text().splitlines() for part in counts}
-    rows = [line.split() for part in counts for line in lists[part]]                 # image, class from 1, species, breed
+    rows = [line.split() for part in counts for line in lists[part]]      # image, class from 1, species, breed
     files = Files('pets37', [folder / 'images' / f'{image}.jpg' for image, *_ in rows],
                   [int(label) - 1 for _, label, *_ in rows], list(classes), split != 'train')
     for part, n in counts.items():

@@ -12,7 +12,6 @@ from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy.stats import bootstrap
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from ..cli import InputError
 from .features import Features, check_apart
-from .heads import CrossAttentive, MultiHeadAttentive, SimpleAttentive, head_logits, stored, train_head
+from .heads import (CrossAttentive, MultiHeadAttentive, Recipe, SimpleAttentive, Watched, head_logits,
+                               stored, train_head)
 from ..train.signs import knn, nearest, vote
 
 # %% ../../nbs/30_probes.ipynb #8b5d136a
@@ -139,13 +139,14 @@ def fit_head(
     read: Callable,  # as in `train_head`
 ) -> Fitted:
     "Take the best epoch (the first of equals) and train a fresh head up to it on all rows."
+    recipe = Recipe(epochs, epochs / 5, lr=peak, seed=seed)
     def trained(rows, made, watch=None):
         with torch.random.fork_rng(devices=[]):  # the caller's random numbers go on as if nothing had been drawn
             torch.default_generator.manual_seed(seed)
             head = HEADS[name](train.tokens.shape[-1], classes)
         head.to(train.tokens.device)
-        return head, train_head(head, read, train.labels, rows, made, epochs, seed, peak, watch)
-    found = trained(inner, epochs, (held.tokens, held.labels))[1]
+        return head, train_head(head, read, train.labels, rows, made, recipe, watch)
+    found = trained(inner, epochs, Watched(held.tokens, held.labels))[1]
     best = found.index(max(found))
     head, _ = trained(torch.arange(len(train.labels)), best + 1)
     return Fitted(lambda f: head_logits(head, f.tokens), {'epoch': best + 1, 'chosen_at': found[best]})

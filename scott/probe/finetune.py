@@ -52,12 +52,13 @@ def fresh_views(
     seed: int = 0,
     dtype: torch.dtype | None = None,  # autocast type; None = float32
     norm: bool = True,
+    block: int = -1,
 ) -> Callable:  # what `train_head` reads: the tokens of new views of some rows
     "The frozen encoder on augmented images, as in the paper: a new view of each image in each step."
     device = encoder.mask_token.device
     def read(rows, step):
         views = augmented(data.images[rows].to(device), data.aspect[rows], size, stream(seed, 'views', step))
-        return read_tokens(encoder, views, dtype, norm)  # b n d
+        return read_tokens(encoder, views, dtype, norm, block)  # b n d
     return read
 
 # %% ../../nbs/73_finetune.ipynb #053ba792

@@ -22,6 +22,7 @@ def rankme(
     x: Tensor,  # (n, D): a row for each token
 ) -> Tensor:  # a number between 1 and min(n, D), float64, on the device of x; nan if x is zero or no number
     "Effective rank: exp of the entropy of the normalized singular values (arXiv 2210.02885)."
+    if x.device.type == 'mps': x = x.cpu()  # Apple's GPUs have no float64
     gram = x.double().T @ x.double()
     if not gram.isfinite().all(): return gram.new_tensor(float('nan'))  # a diverged network
     sigma = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # d
@@ -45,7 +46,7 @@ def look(
     "How far, in how many directions, and whether images differ; the device is read a few times."
     flat = tokens.float().flatten(0, 1)
     found = flat.std(0).mean(), rankme(flat), mean_cosine(tokens.float().mean(1))
-    return dict(zip(('feature_std', 'rankme', 'cosine'), torch.stack([f.double() for f in found]).tolist()))
+    return dict(zip(('feature_std', 'rankme', 'cosine'), [f.item() for f in found]))
 
 # %% ../../nbs/24_signs.ipynb #44cefb78
 @torch.no_grad()
