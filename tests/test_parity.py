@@ -2,6 +2,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from scott.interop import load_official
 from scott.jepa import MIMJEPA
 from scott.predictor import Predictor
 from scott.probe.heads import CrossAttentive, MultiHeadAttentive, SimpleAttentive
+from scott.schedule import Values
+from scott.train.machine import Place
+from scott.train.trainer import Trainer
 
 FORWARD, STEPS = 1e-5, 1e-4  # bounds of `gap`: forward passes and gradients; weights after three steps
 OUTPUTS = ('tokenizer_full tokenizer_masked encoder_full encoder_masked vit_full vit_masked attention_last '
@@ -85,22 +89,18 @@ def test_forward(recorded, ours, name):
     assert gap(ours[name], recorded.tensors[f'out.{name}']) <= FORWARD
 
 
-def optimizer(model):
-    params = list(model.context.parameters()) + list(model.predictor.parameters())
-    return torch.optim.AdamW([dict(params=[p for p in params if p.ndim > 1]),
-                              dict(params=[p for p in params if p.ndim <= 1])])
-
-
-def step(model, optim, r, i):
-    "Training step i with the recorded learning rate, weight decay and momentum; returns the loss."
+def three_steps(r, factor=1.):
+    "The recorded steps, made by the trainer of the package; returns model and losses."
     c = r.config
-    for group, decay in zip(optim.param_groups, (c['wd'][i], 0.)): group.update(lr=c['lr'][i], weight_decay=decay)
-    optim.zero_grad()
-    loss = model(r.context, r.target, r.keep)
-    loss.backward()
-    optim.step()
-    model.update_target(c['ema'][i])
-    return loss.item()
+    feed = SimpleNamespace(batches=lambda step: [(r.context, r.target, r.keep)])
+    values = lambda step: Values(factor * c['lr'][step - 1], c['wd'][step - 1], c['ema'][step - 1])
+    trainer = Trainer(r.jepa().train(), feed, SimpleNamespace(at=values), Place(torch.device('cpu'), None))
+    losses = []
+    for _ in c['losses']:
+        trainer.tally.reset()
+        trainer.train_step()
+        losses.append(trainer.tally.read().loss)
+    return trainer.model, losses
 
 
 def with_fixed(r, prefix, owner):
@@ -121,10 +121,9 @@ def test_gradients(recorded):
 
 
 def test_three_training_steps(recorded):
-    model = recorded.jepa().train()
-    optim = optimizer(model)
-    losses = [step(model, optim, recorded, i) for i in range(len(recorded.config['losses']))]
-    assert losses == pytest.approx(recorded.config['losses'], abs=FORWARD)
+    "The step that is taught is the step that is trained, and it is the released code's."
+    model, losses = three_steps(recorded)
+    assert len(losses) == 3 and losses == pytest.approx(recorded.config['losses'], abs=FORWARD)
     for owner, module, blank in (('encoder', model.context, recorded.encoder()),
                                  ('target', model.target, recorded.encoder()),
                                  ('predictor', model.predictor, recorded.predictor())):
@@ -135,13 +134,7 @@ def test_three_training_steps(recorded):
 
 def test_a_wrong_step_is_noticed(recorded):
     "The tolerance on three steps is meaningful: one part in a hundred more learning rate does not pass."
-    model = recorded.jepa().train()
-    optim = optimizer(model)
-    recorded.config['lr'], kept = [lr * 1.01 for lr in recorded.config['lr']], recorded.config['lr']
-    try:
-        for i in range(3): step(model, optim, recorded, i)
-    finally:
-        recorded.config['lr'] = kept
+    model, _ = three_steps(recorded, factor=1.01)
     official = load_official(recorded.encoder(), recorded.part('after.encoder.')).state_dict()
     assert max(gap(tensor, official[name]) for name, tensor in model.context.state_dict().items()) > STEPS
 
