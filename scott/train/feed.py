@@ -40,7 +40,7 @@ def epoch_order(
     return torch.randperm(n, generator=torch.Generator().manual_seed(stream(seed, 'epoch', epoch)))
 
 # %% ../../nbs/69_feed.ipynb #aec75341
-AHEAD = 16  # steps whose masks are drawn in one call: its fixed cost is shared by them
+AHEAD = 32  # steps whose masks are drawn in one call: its fixed cost is shared by them
 
 class Drawn(NamedTuple):
     "What is random in a step of B images, on the CPU."
