@@ -100,6 +100,18 @@ def test_600_flipped_bits_are_refused_or_without_effect(tmp_path, figure):
            f'600 places: {refused} refused, {harmless} without effect (padding), 0 loaded otherwise')
 
 
+def test_a_changed_flag_is_refused(tmp_path):
+    "Whether a tensor requires gradients is no content: only the archive's checksum covers it."
+    write_checkpoint(tmp_path, {'step': 1, 'w': torch.ones(3)})
+    path = tmp_path / 'checkpoint.pt'
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b'\x89', whole.index(b'data.pkl'))  # pickle's False, the tensor's requires_grad
+    whole[at] = 0x88  # True
+    path.write_bytes(whole)
+    assert torch.load(path)['w'].requires_grad and digest(torch.load(path)['w']) == digest(torch.ones(3))
+    with pytest.raises(InputError, match='a checksum differs'): load_checkpoint(tmp_path)
+
+
 def test_truncated_files_are_refused(tmp_path, figure):
     path = tmp_path / 'checkpoint.pt'
     write_checkpoint(tmp_path, state_of(1))

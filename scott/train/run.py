@@ -112,7 +112,7 @@ def check_owner(
         raise InputError(f'{path} is of another run than {path.parent / "config.json"}: {"; ".join(wrong)}. '
                          'Put its own back, or start a new run')
 
-# %% ../../nbs/66_run.ipynb #004c2cf5
+# %% ../../nbs/66_run.ipynb #e437b910
 class Run(Record):
     "A run folder, read-only: its record and its weights. Folders written by earlier versions are read as well."
     def __repr__(self): return f'Run({str(self.folder)!r}): {self.stored["data"]}, step {self.step:,}'
