@@ -11,7 +11,7 @@ import scott
 from scott.cli import InputError
 from scott.train.config import FREE, Config, build, identity
 from scott.train.files import write_checkpoint
-from scott.train.run import Record, Run, load_encoder, read_metrics, save_encoder
+from scott.train.run import Run, load_encoder, read_metrics, save_encoder
 
 RESULTS = Path(__file__).resolve().parent.parent/'nbs'/'results'
 SMALL = dict(preset='demo', data='petals', img_size=64, embed_dim=16, depth=1, num_heads=2, predictor_depth=1, seed=5,
@@ -188,7 +188,7 @@ def test_stored_results_are_read_without_weights():
     with pytest.raises(InputError, match=r'target has no config\.json: the run has not saved its weights'):
         run.encoder('target')
     with pytest.raises(InputError, match=r'checkpoint\.pt is not there'): run.jepa()
-    assert Record(RESULTS/'flowers102-small').config == run.config
+    assert Run(RESULTS/'flowers102-small').config == run.config
 
 
 # --- what is refused, in one line
