@@ -147,7 +147,7 @@ def test_a_batch_larger_than_the_data_set(refused, place, tmp_path):
     ('--mask checkers', ['--mask', 'checkers', 'blockwise']),
     ('--mask-ratio 1.5', ['1.5', 'between 0 and 1']),
     ('--embed-dim 30', ['30', 'multiple']),
-    ('--device cuda', ['cuda', '--device cpu']) if not torch.cuda.is_available() else ('--mask-ratio 0', ['ratio']),
+    ('--device cuda', ['cuda', '0 GPUs', 'use --device']) if not torch.cuda.is_available() else ('--mask-ratio 0', ['ratio']),
 ], ids=lambda value: value if isinstance(value, str) else '')
 def test_a_wrong_setting(refused, place, tmp_path, flags, words):
     said = refused('scott_pretrain', *TINY, '--data', f'folder:{place / "images"}', '--out', tmp_path / 'new',

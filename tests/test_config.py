@@ -23,8 +23,8 @@ def wrong_values(f):
     if m['choices']: yield 'nothing-of-this-kind'
     if m['type'] in (int, float):
         yield 'many'
-        yield f'{m["low"] - 1:g}'
-        if m['high'] < 2**62: yield f'{m["high"] + 1:g}'
+        yield str(m['low'] - 1)
+        if m['high'] < float('inf'): yield str(m['high'] + 1)
     if m['type'] is float: yield from ('nan', 'inf')
     if m['type'] is int: yield '1.5'
 
