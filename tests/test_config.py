@@ -108,8 +108,8 @@ def test_places(monkeypatch, tmp_path):
 
 
 def test_a_warm_up_fits():
-    "A preset's takes at most half of the epochs; one that is named is kept or refused."
-    assert [Config.of('paper', epochs=n).warmup_epochs for n in (1, 2, 60, 80, 300)] == [0, 1, 30, 40, 40]
+    "A preset's that would leave nothing becomes half of the epochs; one that is named is kept or refused."
+    assert [Config.of('paper', epochs=n).warmup_epochs for n in (1, 2, 40, 60, 300)] == [0, 1, 20, 40, 40]
     assert Config.of('paper', epochs=41, warmup_epochs=40).warmup_epochs == 40
     assert '--warmup-epochs 40 leaves nothing of --epochs 40' in refusal(epochs=40, warmup_epochs=40)
 

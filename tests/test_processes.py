@@ -218,7 +218,7 @@ def test_two_torchruns_in_place_of_two_machines(place, pair):
 
 def test_labeled_pictures_are_the_training_split_in_the_evaluation_view(capsys):
     shown = labeled(Config.of(**TOY, knn_every=1))
-    assert shown.n == 3200 and labeled(Config.of(**TOY, knn_every=0)) is None and capsys.readouterr().out == ''
+    assert shown.n == 640 and labeled(Config.of(**TOY, knn_every=0)) is None and capsys.readouterr().out == ''
 
 
 def test_bfloat16_stays_near(flowers):

@@ -44,7 +44,7 @@ def check_launch(
         raise InputError(f'--device {device}: processes cannot share the one GPU of a Mac; start it without torchrun, '
                          'or use --device cpu')
     if device in ('auto', 'cuda') and 0 < gpus < here:
-        raise InputError(f'--nproc-per-node {here}: PyTorch sees {gpus} GPUs on this machine, and each process needs one')
+        raise InputError(f'--nproc-per-node {here}: each process needs a GPU, and PyTorch finds {gpus} on this machine')
     if here < world and restarts != '0':
         raise InputError(f'--max-restarts {restarts}: on several machines each counts its own restarts, and processes '
                          'miss one another; use --max-restarts=0, and start the run again with --resume')
