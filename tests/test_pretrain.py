@@ -1,0 +1,517 @@
+"""A run as a whole: stopped and resumed to the last bit, seeds, what is written and kept, and what is refused."""
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+
+from scott.cli import InputError
+from scott.data.petals import petals
+from scott.data.sets import ImageSet
+from scott.encoder import Encoder
+from scott.train import pretrain as module
+from scott.train.config import Config, build
+from scott.train.feed import DRAWS, Feed
+from scott.train.files import load_checkpoint, write_checkpoint
+from scott.train.machine import describe_machine
+from scott.train.pretrain import Pretraining, forecast, labeled, main, prepare, pretrain
+from scott.train.processes import Group
+from scott.train.run import Run, read_metrics
+from scott.train.trainer import Line
+
+ROOT = Path(__file__).resolve().parent.parent
+TOY = dict(img_size=32, mask='uniform', embed_dim=16, num_heads=2, depth=1, predictor_depth=1, batch_size=8, epochs=5,
+           warmup_epochs=1, log_every=2, drop_rate=.1, device='cpu', amp='off', knn_every=0)  # 20 steps of 32 pictures
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    "A folder with 32 small pictures in two classes; decoded caches go beside it."
+    place = tmp_path_factory.mktemp('pretrain')
+    write_images(place / 'images', 32, size=40, classes=('a', 'b'))
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('SCOTT_CACHE', str(place / 'cache'))
+        yield place
+
+
+@pytest.fixture(scope='module')
+def data(place):
+    return f'folder:{place / "images"}'
+
+
+@pytest.fixture(scope='module')
+def straight(place, data):
+    "The run folder of 20 uninterrupted steps."
+    return pretrain('demo', **TOY, data=data, out=place / 'straight').folder
+
+
+@pytest.fixture
+def again(straight, tmp_path):
+    "A copy of that folder, to be changed."
+    return Path(shutil.copytree(straight, tmp_path / 'run'))
+
+
+def argv(data, out, **more):
+    "The same settings for the command line."
+    named = {'preset': 'demo', **TOY, 'data': data, 'out': out, **more}
+    return [word for k, v in named.items() for word in ('--' + k.replace('_', '-'), str(v))]
+
+
+def flowers(n=35):
+    "4 batches of 8, and 3 images left over."
+    return ImageSet(petals(n=n, size=36)[0], torch.full((n,), -1), torch.ones(n), [], 'toy', False, [])
+
+
+def toy(out='unused', **changes):
+    return Pretraining(Config.of('demo', **{**TOY, 'data': 'petals', 'out': str(out), **changes}), flowers())
+
+
+def steps(training, n):
+    "The losses of the next steps."
+    losses = []
+    for _ in range(n):
+        training.trainer.tally.reset()
+        training.trainer.train_step()
+        losses.append(training.trainer.tally.read().loss)
+    return losses
+
+
+def tensors(tree):
+    "Every tensor and number of a nested state, in order."
+    if isinstance(tree, dict): tree = [tree[k] for k in sorted(tree, key=str)]
+    if isinstance(tree, (list, tuple)): return [t for branch in tree for t in tensors(branch)]
+    return [torch.as_tensor(tree)] if isinstance(tree, (torch.Tensor, int, float)) else []
+
+
+def distance(a, b):
+    "max|Δ| over two run folders' checkpoints: weights, target, Adam's moments and step counts, sums."
+    pairs = list(zip(*(tensors({**load_checkpoint(run), 'identity': None}) for run in (a, b)), strict=True))
+    assert len(pairs) > 100
+    return max((x.double() - y.double()).abs().max().item() for x, y in pairs)
+
+
+def lines(run):
+    "The metrics of a run without the two numbers that are timings."
+    return [{k: v for k, v in m.items() if k not in ('images_per_s', 'data_wait')} for m in read_metrics(run)]
+
+
+def same(a, b):
+    "Whether two folders hold the same run: lines, checkpoints, encoders."
+    encoders = [torch.equal(v, other[k]) for name in ('context', 'target')
+                for other in [Run(b).encoder(name).state_dict()] for k, v in Run(a).encoder(name).state_dict().items()]
+    return lines(a) == lines(b) and distance(a, b) == 0. and all(encoders)
+
+
+def reached(run):
+    "The step of a run's checkpoint, 0 without one."
+    return load_checkpoint(run)['step'] if (run / 'checkpoint.pt').is_file() else 0
+
+
+def at_step(monkeypatch, step, act):
+    "`act` happens in the middle of a step."
+    real = Feed.batches
+    def batches(self, k):
+        if k == step: act()
+        return real(self, k)
+    monkeypatch.setattr(Feed, 'batches', batches)
+
+
+# --- stopped, and resumed
+
+class PowerCut(BaseException): pass
+
+
+def test_cut_off_after_step_7_and_resumed_is_the_same_run_bit_for_bit(data, straight, tmp_path, monkeypatch):
+    run, expected = tmp_path / 'run', lines(straight)
+    def cut(): raise PowerCut
+    with monkeypatch.context() as m, pytest.raises(PowerCut):
+        at_step(m, 8, cut)
+        pretrain('demo', **TOY, data=data, out=run, checkpoint_minutes=0)
+    assert reached(run) == 7 and [m['step'] for m in lines(run)] == [2, 4, 6]
+    assert pretrain(out=run, resume=True).step == 20
+    assert same(run, straight) and [m['step'] for m in expected] == list(range(2, 21, 2))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_the_same_run_bit_for_bit(place, data, straight, figure):
+    run, python = place / 'killed', [sys.executable, '-m', 'scott.train']
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    with open(place / 'killed.log', 'w') as out:
+        process = subprocess.Popen([*python, *argv(data, run, checkpoint_minutes=0)], env=env, stdout=out, stderr=out)
+        limit = time.monotonic() + 600
+        while reached(run) < 7 and process.poll() is None and time.monotonic() < limit: time.sleep(.02)
+        process.kill()
+    assert process.wait() == -signal.SIGKILL, (place / 'killed.log').read_text()
+    assert 7 <= reached(run) < 20
+    subprocess.run([*python, '--out', str(run), '--resume'], env=env, check=True, capture_output=True, timeout=600)
+    assert same(run, straight) and not list(run.rglob('*.part'))
+    figure('01 20 steps straight = kill -9 + resume (weights, target, Adam, losses)', 'max|Δ| = 0.0')
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=['SIGTERM', 'SIGINT'])
+def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on(data, straight, tmp_path, monkeypatch, capsys, figure,
+                                                                number, code):
+    run = tmp_path / 'run'
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as end:
+        at_step(m, 7, lambda: signal.raise_signal(number))
+        main(argv(data, run, checkpoint_minutes=60))
+    assert end.value.code == code and reached(run) == 7
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == f'{number.name} after step 7: saved in {run}; add --resume to go on'
+    main(['--out', str(run), '--resume'])
+    assert same(run, straight) and capsys.readouterr().out.splitlines()[-1] == f'done: {run}'
+    figure(f'02 {number.name} in the middle of a run, then --resume', f'exit code {code}, checkpoint of that step; max|Δ| = 0.0')
+
+
+@pytest.mark.slow
+def test_two_signals_from_outside(data, tmp_path):
+    "The command, and a real SIGTERM; a second one would leave at once, which tests/test_runs.py looks at."
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    run, deadline = tmp_path / 'run', time.monotonic() + 120
+    process = subprocess.Popen([sys.executable, '-m', 'scott.train', *argv(data, run, epochs=500)], env=env,
+                               stderr=subprocess.PIPE, text=True)
+    while not read_metrics(run): assert process.poll() is None and time.monotonic() < deadline
+    process.send_signal(signal.SIGTERM)
+    last = process.communicate(timeout=60)[1].splitlines()[-1]
+    assert process.returncode == 143 and f'SIGTERM after step {reached(run)}: saved' in last
+
+
+def test_resuming_a_finished_run_changes_nothing(again, straight):
+    pretrain(out=again, resume=True)
+    assert same(again, straight)
+
+
+@pytest.mark.parametrize('half', ['', '{"step": 14, "epo'])  # the power failed while a line was written
+def test_lines_after_the_checkpoint_are_dropped_at_resume(again, straight, monkeypatch, half):
+    training = Pretraining(Run(again).config, module.load(Run(again).config.data, 'all', round(32 * module.SIDE)))
+    for step in range(1, 6):  # the checkpoint of step 5
+        if step % 2: training.trainer.tally.reset()
+        training.trainer.train_step()
+    write_checkpoint(again, dict(training.trainer.state_dict(), identity=training.identity), keep=1)
+    with open(again / 'metrics.jsonl', 'a') as f: f.write(half)
+    group, cfg = Group(), module.settings(dict(out=str(again), resume=True))
+    assert prepare(cfg, group).trainer.step == 5 and lines(again) == lines(straight)[:2]  # steps 2 and 4
+    pretrain(out=again, resume=True)
+    assert same(again, straight)
+
+
+def test_the_last_checkpoints_are_kept(data, tmp_path):
+    for keep in (1, 3):
+        pretrain('demo', **TOY, data=data, out=tmp_path / str(keep), checkpoint_minutes=0, keep_checkpoints=keep)
+    names = lambda keep: sorted(p.name for p in (tmp_path / keep).glob('checkpoint*'))
+    assert names('1') == ['checkpoint.pt'] and names('3') == ['checkpoint-18.pt', 'checkpoint-19.pt', 'checkpoint.pt']
+
+
+# --- what may go on, and what not
+
+def test_a_run_of_other_draws_is_refused_in_one_line_and_stays_readable(again, capsys, monkeypatch):
+    state = load_checkpoint(again)
+    del state['identity']['draws']  # as in version 0.1
+    write_checkpoint(again, {**state, 'step': 19}, keep=1)
+    monkeypatch.setattr(module, 'load', lambda *_, **__: pytest.fail('the images were read before the run was refused'))
+    with pytest.raises(InputError, match=rf'version 1 of the random draws, and this is version {DRAWS}'):
+        pretrain(out=again, resume=True)
+    with pytest.raises(SystemExit) as end: main(['--out', str(again), '--resume'])
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and 'random draws' in said and 'start a new run' in said
+    assert Run(again).jepa().context.grid == (2, 2) and len(Run(again).metrics) == 10
+
+
+def test_settings_from_python_and_a_resume_that_contradicts(again, data):
+    for changes, named in ((dict(lr=.1), 'lr is 0.001 there and 0.1 here'), (dict(seed=3), 'seed is 0 there')):
+        with pytest.raises(InputError, match=named): pretrain(out=again, resume=True, **changes)
+    with pytest.raises(InputError, match='preset is'): pretrain('small', out=again, resume=True)
+    with pytest.raises(InputError, match='exists: add --resume'): pretrain('demo', **TOY, data=data, out=again)
+    with pytest.raises(InputError, match='no run folder is named'): pretrain('demo')
+    with pytest.raises(InputError, match='did you mean epochs'): pretrain('demo', epoch=3, out=again)
+    run = pretrain('demo', out=again, resume=True, checkpoint_minutes=1.)  # what is free may differ
+    assert isinstance(run, Run) and run.step == 20
+    assert pretrain(Run(again).config, resume=True).step == 20  # a Config is as good as names
+
+
+def test_another_data_set_is_refused(again, monkeypatch):
+    monkeypatch.setattr(module, 'load', lambda *_, **__: flowers())
+    with pytest.raises(InputError, match='images is 32 there and 35 here'): pretrain(out=again, resume=True)
+    write_checkpoint(again, dict(step=1))
+    with pytest.raises(InputError, match='was not written by scott_pretrain'): pretrain(out=again, resume=True)
+
+
+# --- how long it takes
+
+def test_a_forecast_is_printed_before_the_first_step(data, tmp_path, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(Pretraining, 'fit', lambda self: seen.append(capsys.readouterr().out) or pytest.skip.Exception)
+    small = {k: TOY[k] for k in ('img_size', 'mask', 'embed_dim', 'num_heads', 'depth', 'predictor_depth', 'knn_every')}
+    with pytest.raises(AttributeError):  # what fit returned is no StopSignal
+        pretrain('colab', **small, data=data, batch_size=8, device='cpu', out=tmp_path / 'run')
+    assert re.search(r'^160 steps of \S+ s: (less than 2|about \d+) minutes on this CPU$', seen[0], re.M)
+
+
+def test_a_forecast_in_hours():
+    training = toy()
+    training.trainer.schedule = training.trainer.schedule._replace(total=10 ** 8)
+    assert re.fullmatch(r'100,000,000 steps of \S+ s: about [\d.]+ hours on this CPU', forecast(training.trainer))
+    training.trainer.forward = lambda *batch: None  # as if compiled
+    assert forecast(training.trainer) == '100,000,000 steps'
+
+
+def test_a_forecast_changes_no_bit(data, straight, tmp_path, monkeypatch):
+    with monkeypatch.context() as m:
+        m.setattr(module, 'forecast', lambda trainer: '')
+        pretrain('demo', **TOY, data=data, out=tmp_path / 'run')
+    assert same(tmp_path / 'run', straight)
+
+
+def test_the_callers_random_numbers_go_on(data, tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(5), np.random.default_rng(0).random()
+    torch.manual_seed(3)
+    pretrain('demo', **{**TOY, 'epochs': 2}, data=data, out=tmp_path / 'run')
+    assert torch.equal(torch.rand(5), expected[0])
+
+
+# --- seeds
+
+def test_same_seed_same_bits_other_seed_other_weights(figure):
+    one, two, other = toy(seed=3), toy(seed=3), toy(seed=4)
+    losses, again, others = (steps(t, 3) for t in (one, two, other))
+    assert losses == again != others
+    a, b, c = (t.jepa.state_dict() for t in (one, two, other))
+    assert all(torch.equal(v, b[k]) for k, v in a.items()) and not torch.equal(a['context.mask_token'], c['context.mask_token'])
+    figure('04 same seed, same losses to the bit', 'max|Δ| = 0.0')
+
+
+def test_initial_weights_depend_on_nothing_but_the_configuration():
+    torch.rand(17)
+    one = toy()
+    expected = build(one.cfg).state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in one.jepa.state_dict().items())
+
+
+GOLDEN = Path(__file__).with_name('golden_losses.json')  # written by `python tests/test_pretrain.py`
+
+
+def golden_losses():
+    "50 steps of a toy run on drawn flowers."
+    toy = dict(data='petals', img_size=64, embed_dim=32, depth=1, predictor_depth=1, batch_size=16, epochs=13)
+    cfg = Config.of('demo', **toy, warmup_epochs=1, device='cpu', amp='off', out='unused')
+    images = petals(n=70, size=64)[0]
+    return steps(Pretraining(cfg, ImageSet(images, torch.full((70,), -1), torch.ones(70), [], 'toy', False, [])), 50)
+
+
+def test_golden_losses(figure):
+    "Other processors add in another order, so not to the bit; but a change of the mathematics shows at once."
+    stored = json.loads(GOLDEN.read_text())
+    assert stored['draws'] == DRAWS, 'the draws have a new version: record the losses anew, and say so'
+    ours = golden_losses()
+    assert ours == pytest.approx(stored['losses'], rel=1e-3)
+    assert len(stored['losses']) == 50 and stored['losses'][-1] < .6 * stored['losses'][0]
+    gap = max(abs(a / b - 1) for a, b in zip(ours, stored['losses']))
+    figure('11 50 golden losses', f'largest relative difference {gap:.1e}')
+
+
+# --- what is written
+
+def test_run_folder(straight):
+    names = {p.name for p in straight.iterdir()}
+    assert names == {'config.json', 'metrics.jsonl', 'curves.png', 'checkpoint.pt', 'context', 'target'}
+    for line in read_metrics(straight):
+        assert set(line) == {'step', 'epoch', 'loss', 'feature_std', 'rankme', 'cosine', 'distance', 'grad_tokenizer',
+                             'grad_encoder', 'grad_predictor', 'lr', 'wd', 'momentum', 'skipped', 'images_per_s',
+                             'data_wait'}
+        assert all(math.isfinite(v) for v in line.values()) and line['epoch'] == line['step'] / 4
+    stored = Run(straight).jepa().state_dict()
+    for name in ('context', 'target'):
+        encoder = Run(straight).encoder(name)
+        assert all(torch.equal(v, stored[f'{name}.{k}']) for k, v in encoder.state_dict().items())
+
+
+def test_config_is_the_caption_of_every_number(straight, data):
+    stored = json.loads((straight / 'config.json').read_text())
+    assert stored['ssl_split'] == 'all' and stored['contains_test_images'] is True
+    assert stored['images'] == 32 and stored['skipped_images'] == [] and stored['seed'] == 0
+    assert stored['data'] == data and stored['autocast'] == 'None' and stored['draws'] == DRAWS
+    assert stored['machine']['device'] == 'cpu' and stored['machine']['torch'] == torch.__version__
+    assert stored['machine']['hardware'] and stored['machine']['threads'] == 1
+    assert set(Config.__dataclass_fields__) <= set(stored)
+
+
+def test_the_training_split_alone_has_no_test_images(data, tmp_path):
+    run = pretrain('demo', **{**TOY, 'epochs': 2}, data=data, ssl_split='train', out=tmp_path / 'run')
+    assert run.stored['ssl_split'] == 'train' and run.stored['contains_test_images'] is False
+    assert 0 < run.stored['images'] < 32
+
+
+def test_feature_std_tells_a_constant_target(tmp_path, figure):
+    training = toy(tmp_path)
+    training.open(None)
+    values, found = training.trainer.train_step(), []
+    for _ in range(2):
+        training.log(Line(values, 1, 1., 1.))
+        found.append(training.metrics[-1]['feature_std'])
+        training.jepa.target.forward = lambda images: torch.arange(16.).expand(len(images), 4, 16)
+    alive, constant = found
+    assert constant < 1e-6 < .1 < alive <= 1
+    figure('08 feature std: constant encoder, fresh encoder', f'{constant:.1e}, {alive:.2f}')
+
+
+def test_a_line_of_metrics_is_json_without_nan(tmp_path):
+    training = toy(tmp_path, batch_size=1)
+    training.open(None)
+    values = training.trainer.train_step()
+    training.log(Line(values, 1, 1., 1.))
+    assert 'cosine' not in training.metrics[-1] and 'rankme' in training.metrics[-1]  # there is no pair of images
+    training.jepa.target.forward = lambda images: torch.full((len(images), 4, 16), math.nan)
+    training.log(Line(values, 1, 1., 1.))
+    assert not {'cosine', 'rankme', 'feature_std'} & set(training.metrics[-1]) and 'loss' in training.metrics[-1]
+    refuse = lambda word: pytest.fail(word)
+    for text in (tmp_path / 'metrics.jsonl').read_text().splitlines(): json.loads(text, parse_constant=refuse)
+
+
+# --- is it learning?
+
+def signs(run): return [{k: v for k, v in m.items() if not k.startswith('knn')} for m in lines(run)]
+
+
+def test_a_quick_knn_changes_no_bit_of_the_run_and_is_resumed(data, straight, tmp_path, monkeypatch, capsys, figure):
+    run = tmp_path / 'run'
+    with monkeypatch.context() as m, pytest.raises(SystemExit):
+        at_step(m, 11, lambda: signal.raise_signal(signal.SIGTERM))
+        pretrain('demo', **{**TOY, 'knn_every': 1}, data=data, out=run)
+    pretrain(out=run, resume=True)
+    assert signs(run) == lines(straight) and distance(run, straight) == 0.
+    looks = [m for m in lines(run) if 'knn' in m]
+    assert [m['step'] for m in looks] == [4, 8, 12, 16, 20] and len({m['knn_random'] for m in looks}) == 1
+    assert all(0 <= m['knn'] <= 100 and m['knn_images'] == looks[0]['knn_images'] > 1 for m in looks)
+    assert 'too few labels' not in capsys.readouterr().out
+    figure('08 with a quick k-NN every epoch, and without', 'the same run, max|Δ| = 0.0')
+
+
+def test_the_random_figure_is_that_of_the_initial_weights(data, tmp_path):
+    training = prepare(Config.of('demo', **{**TOY, 'knn_every': 1}, data=data, out=str(tmp_path / 'run')), Group())
+    state = torch.get_rng_state()
+    assert training.journal.knn_random == training.journal.quick_knn()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_labels_the_run_says_so_once(place, tmp_path, capsys):
+    write_images(tmp_path / 'flat', 8, classes=('',))
+    pretrain('demo', **{**TOY, 'knn_every': 1, 'epochs': 2}, data=f'folder:{tmp_path / "flat"}', out=tmp_path / 'run')
+    out = capsys.readouterr().out
+    assert out.count('too few labels') == 1 and 'early: too early to tell (no k-NN figure)' in out
+    assert not any('knn' in m for m in lines(tmp_path / 'run'))
+
+
+def test_the_quick_knn_takes_every_so_many_of_many_images(monkeypatch):
+    def shown(n):
+        images = torch.arange(n).view(n, 1, 1, 1).expand(n, 1, 1, 1)
+        return ImageSet(images, torch.arange(n) % 3, torch.ones(n), list('abc'), 'toy', False, [])
+    for n, left in ((100, 100), (10_001, 10_001), (25_000, 12_500)):
+        monkeypatch.setattr(module, 'load', lambda *_, **__: shown(n))
+        looking = labeled(Config(knn_every=1))
+        assert len(looking.images) == len(looking.labels) == left
+        assert torch.equal(looking.labels, looking.images.flatten() % 3)
+
+
+def test_an_alarm_is_printed_once_and_the_run_goes_on(data, tmp_path, capsys):
+    run = pretrain('demo', **TOY, data=data, momentum=0., momentum_final=0., out=tmp_path / 'run')
+    out = capsys.readouterr().out.splitlines()
+    alarms = [line for line in out if line.startswith('copied: ')]
+    assert len(alarms) == 2 and all('nbs/15_jepa.ipynb' in line for line in alarms)  # when it came, and at the end
+    assert len(run.metrics) == 10 and run.step == 20
+
+
+def test_another_alarm_is_printed_too(tmp_path, monkeypatch, capsys):
+    "Every word when it comes, none twice in a row, also when there is calm between."
+    words = iter(['early', 'copied', 'copied', 'early', 'copied', 'runaway', 'runaway', 'copied'])
+    said = lambda word: dict(word=word, alarm=word != 'early', text=f'said {word}')
+    monkeypatch.setattr(module, 'verdict', lambda metrics: said(next(words)))
+    training = toy(tmp_path, epochs=2, log_every=1)
+    training.open(None)
+    training.fit()
+    out = [line.strip() for line in capsys.readouterr().out.splitlines() if 'said' in line]
+    assert out == ['said copied', 'said runaway', 'said copied']
+
+
+# --- a loss that is no number
+
+def diverging(monkeypatch, steps):
+    "In these steps a gradient is NaN, as after an overflow."
+    real = module.Trainer.train_step
+    def train_step(self):
+        if self.step + 1 not in steps: return real(self)
+        handle = self.model.context.mask_token.register_hook(lambda g: g * math.nan)
+        try: return real(self)
+        finally: handle.remove()
+    monkeypatch.setattr(module.Trainer, 'train_step', train_step)
+
+
+@pytest.mark.parametrize('log_every', [1, 100])
+def test_a_nan_stops_the_run_and_keeps_the_checkpoint(data, tmp_path, monkeypatch, capsys, log_every, figure):
+    diverging(monkeypatch, steps=(4, 5))
+    run = tmp_path / 'run'
+    with pytest.raises(SystemExit) as end: main(argv(data, run, checkpoint_minutes=0, log_every=log_every))
+    assert end.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert 'nan or infinite at step 4:' in last and '--lr' in last and '--on-nan skip' in last and str(run) in last
+    assert reached(run) == 3 and all(t.isfinite().all() for t in tensors(load_checkpoint(run)['model']))
+    assert all(math.isfinite(m['loss']) for m in read_metrics(run))
+    monkeypatch.undo()
+    assert pretrain(out=run, resume=True, on_nan='skip').step == 20  # the way out that was named
+    figure(f'07 NaN in step 4, a line of metrics every {log_every} steps', 'stopped, step 4 named, checkpoint of step 3 kept')
+
+
+def test_a_nan_can_be_skipped_and_is_counted(data, tmp_path, monkeypatch):
+    diverging(monkeypatch, steps=(4, 5, 9))
+    run = pretrain('demo', **TOY, data=data, on_nan='skip', out=tmp_path / 'run')
+    assert [m['skipped'] for m in run.metrics] == [0, 1, 2, 2, 3, 3, 3, 3, 3, 3]  # steps 2, 4, …, 20
+    assert all(math.isfinite(m['loss']) for m in run.metrics)
+    state = run.checkpoint()
+    assert all(t.isfinite().all() for t in tensors(state))
+    assert {v['step'].item() for v in state['optimizer']['state'].values()} == {17}  # Adam has seen 20 - 3 steps
+    assert pretrain(out=run.folder, resume=True, on_nan='stop').step == 20  # skipped as asked for: no reason to stop
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+    training = toy(tmp_path)
+    training.open(None)
+    training.save()
+    steps(training, 1)
+    with torch.no_grad(): training.jepa.context.mask_token.fill_(math.inf)
+    with pytest.raises(InputError, match='weights are nan or infinite at step 1'): training.save()
+    assert load_checkpoint(tmp_path)['step'] == 0
+
+
+def test_encoders_that_are_cut_while_saved_leave_the_old_ones(tmp_path, monkeypatch):
+    training = toy(tmp_path)
+    training.open(None)
+    training.save()
+    steps(training, 1)
+    def cut(self, folder):
+        Path(folder).mkdir(exist_ok=True)
+        (Path(folder) / 'model.safetensors').write_bytes(b'half')
+        raise OSError('no space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(Encoder, 'save_pretrained', cut)
+        with pytest.raises(InputError, match='context could not be written'): training.save()
+    for name in ('context', 'target'): Run(tmp_path).encoder(name)
+    training.save()
+    assert not list(tmp_path.rglob('*.part'))
+
+
+if __name__ == '__main__':
+    torch.set_num_threads(1)
+    record = dict(command='python tests/test_pretrain.py', machine=describe_machine(torch.device('cpu')), draws=DRAWS)
+    GOLDEN.write_text(json.dumps({**record, 'losses': golden_losses()}, indent=1) + '\n')
