@@ -203,7 +203,8 @@ class Training:
         minutes: float = 5.,  # between two checkpoints
     ) -> list:  # a dict per epoch: epoch, loss, train_top1
         "Train to the end. A signal saves a checkpoint and ends it as SystemExit."
-        stop = fit(self.trainer, self.log, self.per_epoch, self.save, minutes)
+        show = sys.stderr.isatty()  # no bar in a log file
+        stop = fit(self.trainer, self.log, self.per_epoch, self.save, minutes, show)
         if stop.name: sys.exit(stop.code)
         return self.curve
 
