@@ -58,7 +58,8 @@ class Config:
     lr: float = opt(5e-4, 'learning rate after the warm-up', low=0)
     lr_start: float = opt(1e-6, 'learning rate before the first step', low=0)
     lr_final: float = opt(1e-5, 'learning rate of the last step', low=0)
-    warmup_epochs: int = opt(40, "epochs of linear warm-up; a preset's that would leave nothing becomes half of --epochs", low=0)
+    warmup_epochs: int = opt(40, "epochs of linear warm-up; a preset's that would leave nothing is half of --epochs",
+                             low=0)
     flat: float = opt(.72, 'share of the steps after the warm-up at the full learning rate', low=0, high=1)
     weight_decay: float = opt(.04, 'weight decay at the start', low=0)
     weight_decay_final: float = opt(.4, 'weight decay at the end', low=0)
