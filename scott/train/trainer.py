@@ -190,10 +190,11 @@ class Trainer:
         "What was counted. InputError after a step whose loss or gradient was no number, or if 16 bits don't suffice."
         counts = self.tally.read()
         if counts.bad and not skip:
-            raise InputError(f'loss or gradient was nan or infinite at step {counts.first_bad}: that step was not made, '
-                             f'and the last checkpoint in {where} is from before it; {hint}')
+            raise InputError(f'loss or gradient was nan or infinite at step {counts.first_bad}: that step was not '
+                             f'made, and the last checkpoint in {where} is from before it; {hint}')
         if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
-            raise InputError(f'gradients have overflowed 16 bits again and again before step {self.step}: use --amp off')
+            raise InputError(f'gradients have overflowed 16 bits again and again before step {self.step}: '
+                             'use --amp off')
         return counts
 
     def state_dict(self) -> dict:
