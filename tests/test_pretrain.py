@@ -10,10 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import write_images
+from matplotlib.figure import Figure
 
 from scott.cli import InputError
 from scott.data.petals import petals
@@ -54,6 +54,12 @@ def data(place):
 def straight(place, data):
     "The run folder of 20 uninterrupted steps."
     return pretrain('demo', **TOY, data=data, out=place / 'straight').folder
+
+
+@pytest.fixture(autouse=True)
+def small_curves(straight, monkeypatch):
+    "The picture of the curves takes longer than all steps here; `straight` has a real one."
+    monkeypatch.setattr(module, 'panel', lambda metrics: Figure(figsize=(1, 1)))
 
 
 @pytest.fixture
@@ -139,7 +145,7 @@ def test_cut_off_after_step_7_and_resumed_is_the_same_run_bit_for_bit(data, stra
         at_step(m, 8, cut)
         pretrain('demo', **TOY, data=data, out=run, checkpoint_minutes=0)
     assert reached(run) == 7 and [m['step'] for m in lines(run)] == [2, 4, 6]
-    assert pretrain(out=run, resume=True).step == 20
+    assert pretrain(out=run, resume=True, checkpoint_minutes=60).step == 20
     assert same(run, straight) and [m['step'] for m in expected] == list(range(2, 21, 2))
 
 
@@ -208,9 +214,10 @@ def test_lines_after_the_checkpoint_are_dropped_at_resume(again, straight, monke
 
 def test_the_last_checkpoints_are_kept(data, tmp_path):
     for keep in (1, 3):
-        pretrain('demo', **TOY, data=data, out=tmp_path / str(keep), checkpoint_minutes=0, keep_checkpoints=keep)
+        pretrain('demo', **{**TOY, 'epochs': 2}, data=data, out=tmp_path / str(keep), checkpoint_minutes=0,
+                 keep_checkpoints=keep)
     names = lambda keep: sorted(p.name for p in (tmp_path / keep).glob('checkpoint*'))
-    assert names('1') == ['checkpoint.pt'] and names('3') == ['checkpoint-18.pt', 'checkpoint-19.pt', 'checkpoint.pt']
+    assert names('1') == ['checkpoint.pt'] and names('3') == ['checkpoint-6.pt', 'checkpoint-7.pt', 'checkpoint.pt']
 
 
 # --- what may go on, and what not
@@ -252,9 +259,12 @@ def test_another_data_set_is_refused(again, monkeypatch):
 
 def test_a_forecast_is_printed_before_the_first_step(data, tmp_path, monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr(Pretraining, 'fit', lambda self: seen.append(capsys.readouterr().out) or pytest.skip.Exception)
+    def fit(self):
+        seen.append(capsys.readouterr().out)
+        raise PowerCut
+    monkeypatch.setattr(Pretraining, 'fit', fit)
     small = {k: TOY[k] for k in ('img_size', 'mask', 'embed_dim', 'num_heads', 'depth', 'predictor_depth', 'knn_every')}
-    with pytest.raises(AttributeError):  # what fit returned is no StopSignal
+    with pytest.raises(PowerCut):
         pretrain('colab', **small, data=data, batch_size=8, device='cpu', out=tmp_path / 'run')
     assert re.search(r'^160 steps of \S+ s: (less than 2|about \d+) minutes on this CPU$', seen[0], re.M)
 
@@ -276,10 +286,10 @@ def test_a_forecast_changes_no_bit(data, straight, tmp_path, monkeypatch):
 
 def test_the_callers_random_numbers_go_on(data, tmp_path):
     torch.manual_seed(3)
-    expected = torch.rand(5), np.random.default_rng(0).random()
+    expected = torch.rand(5)
     torch.manual_seed(3)
     pretrain('demo', **{**TOY, 'epochs': 2}, data=data, out=tmp_path / 'run')
-    assert torch.equal(torch.rand(5), expected[0])
+    assert torch.equal(torch.rand(5), expected)
 
 
 # --- seeds
@@ -314,7 +324,7 @@ def golden_losses():
 def test_golden_losses(figure):
     "Other processors add in another order, so not to the bit; but a change of the mathematics shows at once."
     stored = json.loads(GOLDEN.read_text())
-    assert stored['draws'] == DRAWS, 'the draws have a new version: record the losses anew, and say so'
+    assert stored.get('draws') == DRAWS, 'the draws have a new version: record the losses anew (python tests/test_pretrain.py)'
     ours = golden_losses()
     assert ours == pytest.approx(stored['losses'], rel=1e-3)
     assert len(stored['losses']) == 50 and stored['losses'][-1] < .6 * stored['losses'][0]
