@@ -6,12 +6,34 @@ from pathlib import Path
 import pytest
 from conftest import write_images
 
+from scott.cli import InputError, parser_of
 from scott.lab import reproduction
-from scott.cli import InputError
+from scott.train.config import Config
+from scott.train.run import Run
 
 RESULTS = Path(__file__).parents[1] / 'nbs' / 'results'
 TOY = ('--preset demo --epochs 2 --warmup-epochs 0 --embed-dim 32 --depth 3 --predictor-depth 1 --img-size 48 '
        '--batch-size 10 --log-every 2 --checkpoint-minutes 0')
+
+
+def test_one_command_asks_for_every_probe(tmp_path, monkeypatch):
+    "Pre-training once, or going on where a checkpoint is; then the tables, the curve and the copies."
+    calls, run = [], tmp_path / 'runs' / 'flowers102-small'
+    def pretrained(argv):
+        calls.append(argv)
+        run.mkdir(parents=True, exist_ok=True)
+        (run / 'config.json').write_text(json.dumps(dict(data='flowers102', depth=7)))
+        (run / 'checkpoint.pt').touch()
+    monkeypatch.setattr(reproduction.pretrain, 'main', pretrained)
+    monkeypatch.setattr(reproduction.table, 'main', calls.append)
+    monkeypatch.setattr(reproduction, 'learning_curve', lambda run: [dict(step=0, knn=1.)])
+    for _ in range(2): reproduction.reproduce('flowers102-small', tmp_path / 'runs', tmp_path / 'results')
+    first, again = calls[:len(calls) // 2], calls[len(calls) // 2:]
+    assert first[0][:4] == ['--preset', 'small', '--data', 'flowers102'] and again[0] == ['--out', str(run), '--resume']
+    assert first[1:] == again[1:] and all(call[0] == str(run) for call in first[1:])
+    assert [call[call.index('--block') + 1] for call in first if '--block' in call] == ['1', '3', '5']
+    assert sum('--protocol' in call for call in first) == sum('--no-norm' in call for call in first) == 1
+    assert {p.name for p in (tmp_path / 'results' / 'flowers102-small').iterdir()} == {'config.json', 'learning_curve.json'}
 
 
 @pytest.mark.slow
@@ -43,13 +65,12 @@ def test_an_unknown_run_is_refused(tmp_path):
                                           if p.parent.name in reproduction.RUNS), ids=lambda p: p.name)
 def test_a_stored_run_is_what_its_name_says(folder):
     "The stored configuration is that of the command, and the table is of the last step."
-    from scott.train.config import make_config
-    config = json.loads((folder / 'config.json').read_text())
-    asked = make_config([*reproduction.RUNS[folder.name].split(), '--out', 'x'])
+    config = Run(folder).config
+    asked = Config.of(**vars(parser_of(Config, 'scott_pretrain').parse_args(reproduction.RUNS[folder.name].split())))
     for key in ('data', 'ssl_split', 'img_size', 'embed_dim', 'depth', 'epochs', 'batch_size', 'lr', 'warmup_epochs', 'seed'):
-        assert config[key] == getattr(asked, key), key
-    table = json.loads((folder / 'probe_flowers102.json').read_text())
-    assert table['step'] == json.loads((folder / 'metrics.jsonl').read_text().splitlines()[-1])['step']
+        assert getattr(config, key) == getattr(asked, key), key
+    table = Run(folder).table('flowers102')
+    assert table['step'] == Run(folder).metrics[-1]['step']
     assert {r['encoder'] for r in table['rows']} >= {'raw pixels', 'random initialization', 'context', 'target'}
     assert table['epoch'] == asked.epochs
 

@@ -37,6 +37,7 @@ RUNS = {
     'flowers102-12-16': '--preset paper --data flowers102',
 }
 
+# %% ../../nbs/40_reproduction.ipynb #27b7e4bb
 def learning_curve(
     run: Path,  # a run folder with older checkpoints (scott_pretrain --keep-checkpoints)
 ) -> list:  # step and k-NN top-1 of the target encoder, at the start and for each checkpoint
@@ -46,7 +47,7 @@ def learning_curve(
     (device, dtype), net = pick_device(cfg.device, cfg.amp), build(cfg)
     data = load(cfg.data, 'train', cfg.img_size, 'center', cfg.data_root)
     inner, held = fold(data.labels)
-    states = {0: None, **run.checkpoints, run.metrics[-1]['step']: run.folder / 'checkpoint.pt'}
+    states = {0: None, **run.checkpoints, run.step: run.folder / 'checkpoint.pt'}
     for step, path in tqdm(states.items(), disable=None, unit='checkpoint'):
         if path:
             state = torch.load(path, map_location='cpu', weights_only=True)
@@ -56,6 +57,7 @@ def learning_curve(
         curve.append(dict(step=step, knn=scores(votes, data.labels[held])['top1']))
     return curve
 
+# %% ../../nbs/40_reproduction.ipynb #a791c70d
 def store(
     run: Path,  # a run folder
     results: Path,  # where it is kept, e.g. nbs/results/NAME
