@@ -120,8 +120,8 @@ class Judge:
         "The rows of one encoder, its weights as they are."
         if not set(self.names) - set(WHOLE): return
         encoder, options = self.encoders[which], self.options
-        how = dict(norm=options.norm, block=options.block)
-        (train, a), (test, b) = (load_or_encode(self.run.folder / 'features', encoder, part, *self.place, self.heads, **how)
+        how, folder = dict(norm=options.norm, block=options.block), self.run.folder / 'features'
+        (train, a), (test, b) = (load_or_encode(folder, encoder, part, *self.place, self.heads, **how)
                                  for part in (self.train, self.test))
         self.files += [a, b]
         for name in self.names:
