@@ -195,7 +195,7 @@ def recolor(
     blurred = [np.flatnonzero((slot[:, 5] >= 0) & half) for half in (early, ~early)]
 
     def send(*arrays):
-        sent = torch.from_numpy(np.concatenate(arrays)).to(x.device, non_blocking=True)     # one copy for all
+        sent = torch.from_numpy(np.concatenate(arrays)).to(x.device, non_blocking=x.is_cuda)     # one copy for all
         return sent.split([len(a) for a in arrays])
 
     def blur(rows, kernels):
@@ -221,7 +221,7 @@ def normalize(
     x: Tensor,          # (B, 3, H, W) in [0, 1]; overwritten
 ) -> Tensor:            # x, so that ImageNet's pixels have mean 0 and standard deviation 1 in each channel
     "Subtracts ImageNet's mean and divides by its standard deviation, channel by channel."
-    mean, std = torch.tensor([MEAN, STD]).to(x.device, non_blocking=True)[..., None, None]
+    mean, std = torch.tensor([MEAN, STD]).to(x.device, non_blocking=x.is_cuda)[..., None, None]
     return x.sub_(mean).div_(std)
 
 def _check_images(images):
@@ -278,7 +278,7 @@ def apply_views(
     if len(draws.boxes) != len(images):
         raise ValueError(f'aspect must hold {len(images)} positive numbers, one for each image, got {len(draws.boxes)}')
     if size < 5: raise ValueError(f'size must be at least 5 pixels (the blur looks 4 pixels far), got {size}')
-    boxes, flip = (t.to(images.device, non_blocking=True) for t in (draws.boxes, draws.flip))
+    boxes, flip = (t.to(images.device, non_blocking=images.is_cuda) for t in (draws.boxes, draws.flip))
     with torch.autocast(images.device.type, enabled=False):
         x = resample(images, boxes, size, flip)
         return normalize(recolor(x, draws.slot.flatten(0, 1), draws.strength.flatten(0, 1))).chunk(2)

@@ -30,7 +30,6 @@ from .tokenizer import PatchEmbed, SparseTokenizer
 # %% ../nbs/13_encoder.ipynb #0fc8b6d1
 class Attention(nn.Module):
     "Multi-head self-attention without biases (Vaswani et al., arXiv 1706.03762)."
-    attend = staticmethod(attend)  # may be replaced by another function of the same equations
     def __init__(self,
         dim: int,  # D
         num_heads: int,  # H, divides D
@@ -49,7 +48,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, T, D)
         q, k, v = self.split(x)
-        y = self.attend(q, k, v, self.attn_drop if self.training else 0.)
+        y = attend(q, k, v, self.attn_drop if self.training else 0.)
         return self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))  # b h t d/h -> b t d
 
     def weights(self, x: Tensor) -> Tensor:  # (B, T, D) -> (B, H, T, T)

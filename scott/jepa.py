@@ -11,6 +11,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # %% ../nbs/15_jepa.ipynb #9e7ab3db
 def hidden_smooth_l1(
@@ -72,4 +73,4 @@ class MIMJEPA(nn.Module):
     def update_target(self, momentum: float):  # m in [0, 1]; 1 leaves the target where it is
         "target <- m target + (1 - m) context, for every parameter; call it after each optimizer step."
         if not 0 <= momentum <= 1: raise ValueError(f'momentum={momentum} must lie in [0, 1], e.g. 0.996')
-        torch._foreach_lerp_(list(self.target.parameters()), list(self.context.parameters()), 1 - momentum)
+        get_ema_multi_avg_fn(momentum)(list(self.target.parameters()), list(self.context.parameters()), None)

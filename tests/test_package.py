@@ -109,6 +109,8 @@ def scott_imports(path):
             for name in [target] if target in NAMES else [f'{target}.{a.name}'.lstrip('.') for a in n.names]:
                 if name in NAMES:
                     yield name
+                elif target:
+                    yield target  # a folder, whose __init__ has the name
         elif isinstance(n, ast.Import):
             yield from (a.name.partition('.')[2] for a in n.names if a.name.startswith('scott.'))
 

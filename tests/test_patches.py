@@ -1,6 +1,6 @@
 """Patches across images: a planted patch is found, an oracle's heat map is 1, a collage has patches of others only."""
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -8,15 +8,16 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from scott.augment import eval_view
-from scott.train.config import Config, build, draw_masks
 from scott.cli import InputError
-from scott.probe.features import read_tokens
-from scott.look.predictions import (agreement, fill_hidden, find_figure, find_patch, load_networks, mask_figure, mutual_pairs,
-                           own_part, pairs_figure, predict, prediction_figure, visibility)
 from scott.data.petals import petals
+from scott.look.predictions import (agreement, fill_hidden, find_figure, find_patch, mask_figure, mutual_pairs,
+                                    own_part, pairs_figure, predict, prediction_figure, visibility)
+from scott.probe.features import read_tokens
+from scott.train.config import Config, build, identity, masks_of
+from scott.train.files import write_checkpoint
+from scott.train.run import Run
 
-TOY = Config(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
-             device='cpu')
+TOY = Config.of('demo', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2, device='cpu')
 GRID = (4, 4)
 
 
@@ -25,7 +26,7 @@ def randn(*shape, seed=0):
 
 
 def some_keep(b=3, seed=0):
-    return draw_masks(TOY, b, GRID, torch.Generator().manual_seed(seed))
+    return masks_of(TOY, GRID)(b, generator=torch.Generator().manual_seed(seed))
 
 
 # The own part
@@ -59,7 +60,7 @@ def test_a_shifted_copy_of_pixels_is_found():
     large = petals(n=1, size=112)[0]
     pair = torch.cat([large[..., :96, :96], large[..., 16:, 16:]])  # 2 3 96 96: shifted by one patch
     torch.manual_seed(0)
-    tokenizer = build(Config(**{**asdict(TOY), 'tokenizer': 'patch', 'img_size': 96})).target.tokenizer
+    tokenizer = build(replace(TOY, tokenizer='patch', img_size=96)).target.tokenizer
     with torch.no_grad(): t = tokenizer(eval_view(pair))
     own = own_part(t, t.mean((0, 1)).expand(36, -1))
     for row in range(1, 6):
@@ -93,8 +94,11 @@ def test_a_favorite_of_all_pairs_once():
 
 # The predictor
 
-def write_run(folder):
+def write_run(folder, state):
+    "A run folder with a checkpoint."
     (folder / 'config.json').write_text(json.dumps(asdict(TOY)))
+    write_checkpoint(folder, dict(step=1, **state))
+    return Run(folder)
 
 
 def test_an_oracle_is_right_everywhere_hidden():
@@ -125,22 +129,22 @@ def test_predictions_see_visible_pixels_only_and_no_dropout():
     assert not torch.equal(predict(jepa, torch.where(pixels, 0., images), keep), found)
 
 
-def test_networks_of_a_run(tmp_path):
-    write_run(tmp_path)
+@pytest.mark.parametrize('name', ['model', 'jepa'])  # the second one until version 0.1
+def test_networks_of_a_run(tmp_path, name):
     trained = build(TOY)
     with torch.no_grad(): trained.predictor.head[-1].bias.add_(1)
-    state = dict(step=1, jepa=trained.state_dict(), identity=dict(img_size=64, seed=0, of_a_later_version=1))
-    nets = load_networks(tmp_path, state)
-    assert torch.equal(nets['trained'].predictor.head[-1].bias, torch.ones(32))
-    assert all(torch.equal(v, build(TOY).state_dict()[k]) for k, v in nets['random'].state_dict().items())
+    found = write_run(tmp_path, {name: trained.state_dict(), 'identity': identity(TOY, of_a_later_version=1)}).jepa()
+    assert torch.equal(found.predictor.head[-1].bias, torch.ones(32))
+    assert all(torch.equal(v, trained.state_dict()[k]) for k, v in found.state_dict().items())
 
 
 @pytest.mark.parametrize('state, says', [
-    (dict(identity=dict(img_size=112)), 'img_size is 112 there and 64 here'), (dict(), 'jepa'),
-    (dict(jepa=build(Config(**{**asdict(TOY), 'embed_dim': 64})).state_dict()), 'size mismatch')])
+    (dict(identity=identity(replace(TOY, img_size=112))), 'img_size is 112 there and 64 here'),
+    (dict(identity=identity(replace(TOY, embed_dim=64))), 'embed_dim is 64 there and 32 here'),
+    (dict(), 'not written by scott_pretrain')])
 def test_a_checkpoint_of_another_run(tmp_path, state, says):
-    write_run(tmp_path)
-    with pytest.raises(InputError, match=says) as said: load_networks(tmp_path, state)
+    run = write_run(tmp_path, state)
+    with pytest.raises(InputError, match=says) as said: run.jepa()
     assert str(tmp_path / 'checkpoint.pt') in str(said.value)
 
 
@@ -184,8 +188,8 @@ def test_a_bank_of_one_image():
 
 def test_visibility_is_the_share_of_visible_patches():
     for mask in ('uniform', 'blockwise', 'multiblock'):
-        cfg = Config(**{**asdict(TOY), 'mask': mask})
-        heat = visibility(cfg, GRID, torch.Generator().manual_seed(0), 500)
+        masks = masks_of(replace(TOY, mask=mask), GRID)
+        heat = visibility(masks, GRID, torch.Generator().manual_seed(0), 500)
         assert heat.shape == GRID and heat.mean().item() == pytest.approx(7 / 16)  # ceil(.4 * 16) = 7
 
 

@@ -1,6 +1,8 @@
 """The plain versions against the fast ones: number by number where nothing is random, else by statistics."""
 import io
 import math
+import multiprocessing
+import random
 
 import pytest
 import torch
@@ -9,10 +11,15 @@ from torch import nn
 from torchvision import transforms
 
 from scott.augment import MEAN, STD, resample, two_views
+from scott.data.petals import petals
+from scott.data.sets import ImageSet
 from scott.jepa import MIMJEPA
 from scott.kernels import attend
+from scott.lab.plain import (PlainLoop, PlainViews, plain_attention, plain_batches, plain_ema, plain_masks, to_jpeg,
+                             use_plain_blocks)
 from scott.masking import blockwise, visible_count
-from scott.lab.plain import PlainViews, plain_attention, plain_ema, plain_masks, to_jpeg
+from scott.train.config import Config, build
+from scott.train.pretrain import Pretraining
 
 
 def seeded(seed=0):
@@ -21,6 +28,13 @@ def seeded(seed=0):
 
 def pixels(jpeg):
     return transforms.functional.pil_to_tensor(Image.open(io.BytesIO(jpeg)))
+
+
+def view(views, row, seed):
+    "Both views of a picture, drawn from this seed."
+    torch.manual_seed(seed)
+    random.seed(seed)
+    return views[row]
 
 
 @pytest.fixture(scope='module')
@@ -134,7 +148,7 @@ def test_views_share_the_crop_which_is_the_fast_one(jpegs):
     mean, std = (torch.tensor(x)[:, None, None] for x in (MEAN, STD))
     flips = set()
     for i in range(len(jpegs)):
-        context, target = views[i, i]
+        context, target = view(views, i, i)
         assert context.shape == (3, 40, 40) and context.dtype == torch.float32 and context.equal(target)
         torch.manual_seed(i)
         y, x, h, w = transforms.RandomResizedCrop.get_params(torch.empty(3, 64, 64), (.2, 1.), (3 / 4, 4 / 3))
@@ -154,7 +168,7 @@ def statistics(context, target):
 def test_views_have_the_statistics_of_the_fast_ones(jpegs):
     """Mean, std, distance of the views, colorfulness: within 4 standard errors and .01 (8-bit rounding)."""
     rounds, views, decoded, g = 40, PlainViews(jpegs, 32), torch.stack([pixels(j) for j in jpegs]), seeded()
-    plain = torch.stack([statistics(*map(torch.stack, zip(*(views[i, 24 * r + i] for i in range(24)))))
+    plain = torch.stack([statistics(*map(torch.stack, zip(*(view(views, i, 24 * r + i) for i in range(24)))))
                          for r in range(rounds)])
     fast = torch.stack([statistics(*two_views(decoded, size=32, generator=g)) for _ in range(rounds)])
     error = sum((x.var(0) / rounds).mean(0) / 24 for x in (plain, fast)).sqrt()
@@ -164,12 +178,67 @@ def test_views_have_the_statistics_of_the_fast_ones(jpegs):
 
 def test_how_often_views_are_changed(jpegs):
     n, views = 600, PlainViews(jpegs, 16)
-    same = sum(a.equal(b) for a, b in (views[i % 24, i] for i in range(n))) / n
+    same = sum(a.equal(b) for a, b in (view(views, i % 24, i) for i in range(n))) / n
     untouched = .4 + .6 * .2 * .9 * .7                                  # a view as it was cropped
     assert abs(same - untouched ** 2) < 4 * math.sqrt(untouched ** 2 * (1 - untouched ** 2) / n) + .01
     assert len(views) == 24
 
 
-def test_the_same_key_gives_the_same_views(jpegs):
-    views = PlainViews(jpegs, 16)
-    assert views[3, 7][0].equal(views[3, 7][0]) and not views[3, 7][0].equal(views[3, 8][0])
+def test_batches_go_on_without_end_and_their_workers_stop(jpegs):
+    before = set(multiprocessing.active_children())
+    batches = plain_batches(PlainViews(jpegs, 16), 10)
+    for _ in range(5):  # two batches an epoch, a rest of 4
+        views = next(batches)
+        assert len(views) == 2 and all(v.shape == (10, 3, 16, 16) for v in views)
+    assert set(multiprocessing.active_children()) > before
+    batches.close()
+    assert set(multiprocessing.active_children()) == before
+
+
+# The loop
+
+TOY = dict(embed_dim=48, depth=2, predictor_depth=1, batch_size=8, device='cpu', amp='off', out='none')
+
+
+def flowers(n=32):
+    images, labels = petals(n=n, size=73)
+    return ImageSet(images, labels, torch.ones(n), [], 'petals', False, [])
+
+
+def weights(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def test_plain_blocks_compute_the_same():
+    jepa = build(Config.of('demo', **TOY)).eval()
+    views, keep = torch.rand(2, 2, 3, 64, 64, generator=seeded()), torch.arange(16).repeat(2, 1) < 7
+    fast = jepa(*views, keep)
+    use_plain_blocks(jepa)
+    torch.testing.assert_close(jepa(*views, keep), fast, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize('steps', [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_steps_of_plain_loop_and_trainer_are_the_same(steps):
+    """Given the same batches, without dropout: losses, context, predictor and target."""
+    cfg, data = Config.of('demo', **TOY), flowers()
+    loop, trainer = PlainLoop(cfg, data), Pretraining(cfg, data).trainer
+    begun, losses = weights(loop.jepa), []
+    assert begun.equal(weights(trainer.model))
+    for step in range(1, steps + 1):
+        batch = next(iter(trainer.feed.batches(step)))
+        loop.views, loop.masks = lambda: (batch.context, batch.target), lambda: batch.keep
+        losses.append(loop.train_step())
+        trainer.train_step()
+    torch.testing.assert_close(sum(losses) / steps, trainer.tally.read().loss, rtol=1e-5, atol=0)
+    ours, engine = weights(loop.jepa) - begun, weights(trainer.model) - begun
+    assert engine.norm() > 0 and (ours - engine).norm() < 1e-3 * engine.norm()
+
+
+def test_the_loop_trains_on_its_own_batches():
+    loop = PlainLoop(Config.of('demo', **TOY), flowers())
+    begun = [weights(net) for net in (loop.jepa.context, loop.jepa.predictor, loop.jepa.target)]
+    losses = [loop.train_step() for _ in range(6)]  # more than an epoch
+    loop.close()
+    assert loop.step == 6 and len(set(losses)) == 6 and all(0 < loss < 1 for loss in losses) and loop.waited > 0
+    for before, net in zip(begun, (loop.jepa.context, loop.jepa.predictor, loop.jepa.target)):
+        assert weights(net).isfinite().all() and not weights(net).equal(before)

@@ -1,5 +1,6 @@
 """Checkpoints: whole or refused, the one before kept, full disks, kills while saving, and a run told to stop."""
 import errno
+import fcntl
 import json
 import os
 import random
@@ -12,14 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from scott import __version__
-from scott.train import run as runs
 from scott.cli import InputError
 from scott.encoder import Encoder
+from scott.train.files import clear_parts, digest, load_checkpoint, step_of, write_atomic, write_checkpoint
+from scott.train.run import save_encoder
 from scott.train.trainer import StopSignal
-from scott.train.files import clear_parts, digest, load_checkpoint, write_atomic, write_checkpoint
-from scott.train.machine import describe_machine
-from scott.train.run import read_metrics, save_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -73,23 +71,45 @@ def test_what_was_written_comes_back(tmp_path):
     assert same(load_checkpoint(tmp_path), state)
 
 
-def test_flipped_bits_are_refused_or_without_effect(tmp_path, figure):
-    state, path, chance = state_of(1), tmp_path / 'checkpoint.pt', random.Random(0)
-    write_checkpoint(tmp_path, state)
+def flips(run, places):
+    "Flip a bit at that many places of a checkpoint, one at a time; how many were refused and how many had no effect."
+    state, path, chance = state_of(1), run / 'checkpoint.pt', random.Random(0)
+    write_checkpoint(run, state)
     whole, refused, harmless = path.read_bytes(), 0, 0
-    positions = range(0, len(whole), max(1, len(whole) // 600))
-    for at in positions:
+    for at in (i * len(whole) // places for i in range(places)):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << chance.randrange(8)]) + whole[at + 1:])
-        try: loaded = load_checkpoint(tmp_path)
+        try: loaded = load_checkpoint(run)
         except InputError as e:
             assert str(path) in str(e)
             refused += 1
         else:
             assert same(loaded, state), f'byte {at}'
             harmless += 1
-    assert len(positions) >= 200 and refused > len(positions) / 3 and refused + harmless == len(positions)
+    assert refused > places / 3 and refused + harmless == places
+    return refused, harmless
+
+
+def test_flipped_bits_are_refused_or_without_effect(tmp_path):
+    flips(tmp_path, 40)
+
+
+@pytest.mark.slow
+def test_600_flipped_bits_are_refused_or_without_effect(tmp_path, figure):
+    refused, harmless = flips(tmp_path, 600)
     figure('03 a flipped bit in a checkpoint',
-           f'{len(positions)} places: {refused} refused, {harmless} without effect (padding), 0 loaded otherwise')
+           f'600 places: {refused} refused, {harmless} without effect (padding), 0 loaded otherwise')
+
+
+def test_a_changed_flag_is_refused(tmp_path):
+    "Whether a tensor requires gradients is no content: only the archive's checksum covers it."
+    write_checkpoint(tmp_path, {'step': 1, 'w': torch.ones(3)})
+    path = tmp_path / 'checkpoint.pt'
+    whole = bytearray(path.read_bytes())
+    at = whole.index(b'\x89', whole.index(b'data.pkl'))  # pickle's False, the tensor's requires_grad
+    whole[at] = 0x88  # True
+    path.write_bytes(whole)
+    assert torch.load(path)['w'].requires_grad and digest(torch.load(path)['w']) == digest(torch.ones(3))
+    with pytest.raises(InputError, match='a checksum differs'): load_checkpoint(tmp_path)
 
 
 def test_truncated_files_are_refused(tmp_path, figure):
@@ -124,7 +144,7 @@ def test_files_with_other_content_are_refused(tmp_path, change):
 
 def test_without_a_digest_is_refused_with_that_reason(tmp_path):
     torch.save(state_of(1), tmp_path / 'checkpoint.pt')
-    with pytest.raises(InputError, match=r'checkpoint\.pt has no digest'): load_checkpoint(tmp_path)
+    with pytest.raises(InputError, match=r'checkpoint\.pt is damaged \(it has no digest'): load_checkpoint(tmp_path)
 
 
 def test_what_could_not_be_loaded_is_not_written(tmp_path):
@@ -159,6 +179,16 @@ def test_the_same_step_again_and_an_older_one(tmp_path):
     (tmp_path / 'checkpoint-best.pt').write_bytes(b'of the user')
     write_checkpoint(tmp_path, state_of(8), 1)
     assert names(tmp_path) == ['checkpoint-best.pt', 'checkpoint.pt']
+
+
+def test_older_ones_are_read_by_their_step(tmp_path):
+    for step in (5, 10, 15): write_checkpoint(tmp_path, state_of(step), 3)
+    for step in (5, 10, 15): assert same(load_checkpoint(tmp_path, step), state_of(step))
+    assert same(load_checkpoint(tmp_path), state_of(15))
+    with pytest.raises(InputError, match=r'checkpoint-7\.pt is not there'): load_checkpoint(tmp_path, 7)
+    (tmp_path / 'checkpoint.pt').unlink()
+    assert same(load_checkpoint(tmp_path, 10), state_of(10))
+    with pytest.raises(InputError, match=r'mv \S*/checkpoint-10\.pt \S*/checkpoint\.pt'): load_checkpoint(tmp_path)
 
 
 def test_without_links_the_file_is_copied(tmp_path, monkeypatch):
@@ -248,6 +278,42 @@ def test_refusals_of_the_system(tmp_path, monkeypatch, number, where):
     assert names(tmp_path) == ['checkpoint-1.pt', 'checkpoint.pt']
 
 
+def test_a_system_that_flushes_only_what_is_open_for_writing(tmp_path, monkeypatch):
+    "As Windows does, where a folder can't be opened at all."
+    flush, opened, flushed = os.fsync, os.open, []
+    def fsync(number):
+        if fcntl.fcntl(number, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY: raise OSError(errno.EBADF, 'Bad file')
+        flushed.append(flush(number))
+    def only_files(path, *args, **kwargs):
+        if os.path.isdir(path) and not kwargs: raise PermissionError(errno.EACCES, 'Permission denied')
+        return opened(path, *args, **kwargs)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    monkeypatch.setattr(os, 'open', only_files)
+    for step in (1, 2): write_checkpoint(tmp_path, state_of(step))
+    save_encoder(Encoder(img_size=32, embed_dim=8, depth=1, num_heads=1), tmp_path / 'target')
+    assert len(flushed) == 4 and same(load_checkpoint(tmp_path), state_of(2))  # two checkpoints, two files
+    assert names(tmp_path) == ['checkpoint-1.pt', 'checkpoint.pt', 'target']
+
+
+def test_a_file_that_another_program_has_open(tmp_path, monkeypatch):
+    "Windows refuses to replace it."
+    write_checkpoint(tmp_path, state_of(1))
+    def refused(*args): raise PermissionError(errno.EACCES, 'Access is denied')
+    with monkeypatch.context() as m:
+        m.setattr(os, 'replace', refused)
+        with pytest.raises(InputError, match='Access is denied.*; the previous file is intact'):
+            write_checkpoint(tmp_path, state_of(2))
+    assert same(load_checkpoint(tmp_path), state_of(1)) and not list(tmp_path.glob('.*'))
+
+
+def test_no_file_stays_open(tmp_path):
+    def opened(): return [os.path.realpath(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')]
+    def mapped(): return Path('/proc/self/maps').read_text()
+    for step in (1, 2): write_checkpoint(tmp_path, state_of(step))
+    assert step_of(tmp_path / 'checkpoint.pt') == 2 and load_checkpoint(tmp_path, 1)['step'] == 1
+    assert not [name for name in opened() if str(tmp_path) in name] and str(tmp_path) not in mapped()
+
+
 def test_no_file_before_is_not_called_intact(tmp_path):
     (tmp_path / 'file').touch()
     for place in (tmp_path / 'nowhere', tmp_path / 'file'):
@@ -288,7 +354,7 @@ import json, os, random, signal, sys, time, torch
 from pathlib import Path
 from scott.train.files import clear_parts, load_checkpoint, older_checkpoints, write_checkpoint
 torch.set_num_threads(1)
-run, chance = Path(sys.argv[1]), random.Random(0)
+run, kills, chance = Path(sys.argv[1]), int(sys.argv[2]), random.Random(0)
 state = lambda step: {'step': step, 'weights': torch.full((500_000,), float(step))}
 
 def saving(pipe):
@@ -304,7 +370,7 @@ def saving(pipe):
 begun = time.perf_counter()
 for step in range(1, 11): write_checkpoint(run, state(step))
 save, good, cut, last = (time.perf_counter() - begun) / 10, 0, 0, step
-for _ in range(100):
+for _ in range(kills):
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
@@ -327,11 +393,22 @@ clear_parts(run)
 print(json.dumps(dict(good=good, cut=cut, saved=last, left=sorted(p.name for p in run.iterdir()))))
 '''
 
+def killed(run, kills):
+    "Kill a process that saves, again and again; how many checkpoints were good, and how many writes were cut."
+    said = script(KILLED, run, kills)
+    assert said['good'] == kills and said['saved'] > 10
+    assert 'checkpoint.pt' in said['left'] and not [name for name in said['left'] if 'part' in name]
+    return said
+
+
+def test_kills_while_saving(tmp_path):
+    killed(tmp_path, 5)
+
+
 @pytest.mark.slow
 def test_100_kills_while_saving(tmp_path, figure):
-    said = script(KILLED, tmp_path)
-    assert said['good'] == 100 and said['cut'] > 0 and said['saved'] > 10
-    assert 'checkpoint.pt' in said['left'] and not [name for name in said['left'] if 'part' in name]
+    said = killed(tmp_path, 100)
+    assert said['cut'] > 0
     figure('02 100 SIGKILLs during saving', '{good}/100 loadable, {cut} of them hit a half-written file'.format(**said))
 
 
@@ -400,19 +477,3 @@ print(json.dumps(codes))
 
 def test_the_second_signal_ends_the_process_at_once():
     assert script(STOPPED) == [128 + 15, 128 + 2, 128 + 2, 30]  # the last one had a single signal, and went on
-
-
-def test_the_machine_names_the_version():
-    assert describe_machine(torch.device('cpu'))['scott'] == __version__
-    assert {'write_checkpoint', 'StopSignal', 'clear_parts'} <= set(runs.__all__)
-
-
-# --- metrics
-
-@pytest.mark.parametrize('damage', [b'{"step": 40, "lo\n', b'{"step": 40}{"step": 60}\n', b'\xff\xfe\n'])
-def test_a_damaged_line_of_metrics_is_named(tmp_path, damage):
-    path = tmp_path/'metrics.jsonl'
-    path.write_bytes(b'{"step": 20}\n{"step": 40, "lo')
-    assert read_metrics(tmp_path) == [{'step': 20}]  # a last line that was cut is no damage
-    path.write_bytes(b'{"step": 20}\n' + damage + b'{"step": 80}\n')
-    with pytest.raises(InputError, match=r'metrics\.jsonl is damaged .*: restore it'): read_metrics(tmp_path)

@@ -9,16 +9,16 @@ from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 from scott.augment import eval_view
-from scott.train.config import Config, build
 from scott.cli import InputError
-from scott.encoder import Encoder
-from scott.probe.features import read_tokens
 from scott.data.petals import petals
-from scott.look.tokens import (attention_figure, attention_maps, choose_images, flat_map, foreground, load_run,
-                             map_figure, mask_image, pca_figure, principal_axes, same_class, token_pca)
+from scott.encoder import Encoder
+from scott.look.tokens import (attention_figure, attention_maps, choose_images, flat_map, foreground, map_figure,
+                               mask_image, pca_figure, principal_axes, same_class, token_pca)
+from scott.probe.features import read_tokens
+from scott.train.config import Config, build
+from scott.train.run import Run
 
-TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
-           device='cpu')
+TOY = dict(img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2, device='cpu')
 
 
 def tokens(*shape, seed=0):
@@ -269,36 +269,33 @@ def test_ten_classes_have_colors(labels, count):
 
 @pytest.fixture
 def run(tmp_path):
-    cfg = Config(**TOY, out=str(tmp_path / 'run'))
+    cfg = Config.of('demo', **TOY, out=str(tmp_path / 'run'))
     (tmp_path / 'run').mkdir()
     (tmp_path / 'run' / 'config.json').write_text(json.dumps(asdict(cfg)))
     moved = build(cfg).target
     with torch.no_grad(): moved.mask_token.add_(1)
     moved.save_pretrained(tmp_path / 'run' / 'target')
-    return tmp_path / 'run'
+    return Run(tmp_path / 'run')
 
 
 def test_encoders_of_a_run(run):
-    cfg, found = load_run(run)
-    assert list(found) == ['random', 'trained'] and cfg.embed_dim == 32
-    initial, stored = build(cfg).target.state_dict(), Encoder.from_pretrained(run / 'target').state_dict()
-    assert all(torch.equal(w, initial[k]) for k, w in found['random'].state_dict().items())
-    assert all(torch.equal(w, stored[k]) for k, w in found['trained'].state_dict().items())
-    assert not torch.equal(stored['mask_token'], initial['mask_token'])
+    assert run.config.embed_dim == 32
+    initial, saved = build(run.config).target.state_dict(), Encoder.from_pretrained(run.folder / 'target').state_dict()
+    assert all(torch.equal(w, initial[k]) for k, w in run.encoder('random').state_dict().items())
+    assert all(torch.equal(w, saved[k]) for k, w in run.encoder('target').state_dict().items())
+    assert not torch.equal(saved['mask_token'], initial['mask_token'])
+    assert not run.encoder('random').training and not run.encoder('target').training
 
 
-def test_loading_leaves_the_global_generator_and_its_result_has_names(run):
+def test_reading_leaves_the_global_generator_and_its_result_has_a_short_name(run):
     before = torch.get_rng_state()
-    found = load_run(run)
+    for which in ('random', 'target'): run.encoder(which)
     assert torch.equal(before, torch.get_rng_state())
-    assert found.config.embed_dim == 32 and list(found.encoders) == ['random', 'trained']
     assert len(repr(principal_axes(torch.rand(9, 64)))) < 100
 
 
-@pytest.mark.parametrize('changes, says', [
-    (dict(img_size=96), 'image size 96, not 64'), (dict(embed_dim=64), 'width 64, not 32'),
-    (dict(depth=3), 'depth 3, not 2'), (dict(tokenizer='patch'), 'tokenizer PatchEmbed, not SparseTokenizer')])
-def test_an_encoder_of_another_run(run, changes, says):
-    encoder(**changes).save_pretrained(run / 'target')
-    with pytest.raises(InputError, match=says) as said: load_run(run)
-    assert str(run / 'target') in str(said.value)
+@pytest.mark.parametrize('changes', [dict(img_size=96), dict(embed_dim=64), dict(depth=3), dict(tokenizer='patch')])
+def test_an_encoder_of_another_run(run, changes):
+    encoder(**changes).save_pretrained(run.folder / 'target')
+    with pytest.raises(InputError, match='target is an encoder of another run than .*config.json'):
+        run.encoder('target')

@@ -27,7 +27,7 @@ from .heads import Recipe
 from ..train.feed import Feed, stream
 from ..train.files import digest, load_checkpoint, write_atomic, write_checkpoint
 from ..train.machine import Place, describe_machine
-from ..train.trainer import Line, Trainer, fit, own_randomness
+from ..train.trainer import Counts, Line, Trainer, fit, own_randomness
 
 # %% ../../nbs/73_finetune.ipynb #1f843525
 @torch.no_grad()
@@ -177,17 +177,23 @@ class Training:
         self.curve = state.pop('curve')
         self.trainer.load_state_dict(state)
 
+    def check(self) -> Counts:
+        "What was counted. InputError if a step or a weight was no number."
+        counts = self.trainer.check(self.folder, skip=True)
+        if counts.bad or not all(p.isfinite().all() for p in self.labeled.parameters()):
+            raise InputError(f'{self.folder}: loss, gradient or weights are nan or infinite at step '
+                             f'{counts.first_bad or self.trainer.step}, not saved: the recipe of this run is too hot '
+                             'for training with labels')
+        return counts
+
     def save(self):
-        "Write the checkpoint. InputError instead if a step or a weight was no number."
-        self.trainer.check(self.folder)
-        if not all(p.isfinite().all() for p in self.labeled.parameters()):
-            raise InputError(f'{self.folder}: weights are nan or infinite at step {self.trainer.step}, not saved: the '
-                             'recipe of this run is too hot for training with labels')
+        "Write the checkpoint, if all is well."
+        self.check()
         write_checkpoint(self.folder, dict(self.trainer.state_dict(), curve=self.curve), keep=1)
 
     def log(self, line: Line):
         "Add an epoch to the curve."
-        counts = self.trainer.check(self.folder)
+        counts = self.check()
         self.curve.append(dict(epoch=self.trainer.step // self.per_epoch, loss=counts.loss,
                                train_top1=100 * self.labeled.right.item() / self.per_epoch))
         self.trainer.tally.reset()
@@ -197,7 +203,8 @@ class Training:
         minutes: float = 5.,  # between two checkpoints
     ) -> list:  # a dict per epoch: epoch, loss, train_top1
         "Train to the end. A signal saves a checkpoint and ends it as SystemExit."
-        stop = fit(self.trainer, self.log, self.per_epoch, self.save, minutes)
+        show = sys.stderr.isatty()  # no bar in a log file
+        stop = fit(self.trainer, self.log, self.per_epoch, self.save, minutes, show)
         if stop.name: sys.exit(stop.code)
         return self.curve
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from ..cli import InputError
 from ..encoder import feed_forward
 from ..schedule import Schedule
 from ..train.machine import Place
@@ -201,7 +202,8 @@ def train_head(
     trainer = Trainer(HeadLoss(head).train(), feed, recipe.schedule(feed.per_epoch),
                       Place(next(head.parameters()).device, None), recipe.seed, compile=False)
     def after(line):
-        trainer.check('memory')
+        if bad := trainer.tally.read().first_bad:
+            raise InputError(f'the loss of a head was nan or infinite at step {bad}: lower its learning rate')
         if watch: found.append(100 * (head_logits(head, watch.tokens).argmax(1) == watch.labels).double().mean().item())
         head.train()
     fit(trainer, after, feed.per_epoch, show=False, until=epochs * feed.per_epoch)

@@ -92,8 +92,9 @@ def step_of(
     path: Path,  # a checkpoint
 ) -> int | None:  # None if there is none, or it can't be read
     "The step of a checkpoint; its tensors are not read, and the digest is not compared."
-    try: step = torch.load(path, map_location='cpu', mmap=True, weights_only=True)['step']
+    try: state = torch.load(path, map_location='cpu', mmap=True, weights_only=True)
     except Exception: return None
+    step = state.get('step') if isinstance(state, dict) else None
     return step if type(step) is int else None
 
 def older_checkpoints(
