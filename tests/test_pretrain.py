@@ -177,7 +177,8 @@ def test_a_signal_ends_the_run_with_a_checkpoint_and_it_goes_on(data, straight, 
     assert said == f'{number.name} after step 7: saved in {run}; add --resume to go on'
     main(['--out', str(run), '--resume'])
     assert same(run, straight) and capsys.readouterr().out.splitlines()[-1] == f'done: {run}'
-    figure(f'02 {number.name} in the middle of a run, then --resume', f'exit code {code}, checkpoint of that step; max|Δ| = 0.0')
+    figure(f'02 {number.name} in the middle of a run, then --resume',
+           f'exit code {code}, checkpoint of that step; max|Δ| = 0.0')
 
 
 @pytest.mark.slow
@@ -299,7 +300,8 @@ def test_same_seed_same_bits_other_seed_other_weights(figure):
     losses, again, others = (steps(t, 3) for t in (one, two, other))
     assert losses == again != others
     a, b, c = (t.jepa.state_dict() for t in (one, two, other))
-    assert all(torch.equal(v, b[k]) for k, v in a.items()) and not torch.equal(a['context.mask_token'], c['context.mask_token'])
+    assert all(torch.equal(v, b[k]) for k, v in a.items())
+    assert not torch.equal(a['context.mask_token'], c['context.mask_token'])
     figure('04 same seed, same losses to the bit', 'max|Δ| = 0.0')
 
 
@@ -324,7 +326,7 @@ def golden_losses():
 def test_golden_losses(figure):
     "Other processors add in another order, so not to the bit; but a change of the mathematics shows at once."
     stored = json.loads(GOLDEN.read_text())
-    assert stored.get('draws') == DRAWS, 'the draws have a new version: record the losses anew (python tests/test_pretrain.py)'
+    assert stored.get('draws') == DRAWS, 'new draws: record the losses anew with python tests/test_pretrain.py'
     ours = golden_losses()
     assert ours == pytest.approx(stored['losses'], rel=1e-3)
     assert len(stored['losses']) == 50 and stored['losses'][-1] < .6 * stored['losses'][0]
@@ -480,7 +482,8 @@ def test_a_nan_stops_the_run_and_keeps_the_checkpoint(data, tmp_path, monkeypatc
     assert all(math.isfinite(m['loss']) for m in read_metrics(run))
     monkeypatch.undo()
     assert pretrain(out=run, resume=True, on_nan='skip').step == 20  # the way out that was named
-    figure(f'07 NaN in step 4, a line of metrics every {log_every} steps', 'stopped, step 4 named, checkpoint of step 3 kept')
+    figure(f'07 NaN in step 4, a line of metrics every {log_every} steps',
+           'stopped, step 4 named, checkpoint of step 3 kept')
 
 
 def test_a_nan_can_be_skipped_and_is_counted(data, tmp_path, monkeypatch):
