@@ -2,25 +2,33 @@
 import json
 import os
 import signal
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import write_images
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from scott.probe import features
-from scott.probe import finetune
-from scott.probe import classifiers as probes
-from scott.probe import table as report
-from scott.train.config import Config as Pretraining
-from scott.data.sets import ImageSet
 from scott.cli import InputError
-from scott.encoder import Encoder
 from scott.data.petals import petals
+from scott.data.sets import ImageSet
+from scott.encoder import Encoder
+from scott.probe import classifiers as probes
+from scott.probe import features, finetune
+from scott.probe import table as report
+from scott.probe.heads import Recipe, Watched, head_logits, stored, train_head
+from scott.schedule import linear, warmup_flat_cosine
+from scott.train.config import Config, build
+from scott.train.files import digest, load_checkpoint, write_checkpoint
+from scott.train.run import Run
 from scott.train.signs import knn
+from scott.train.trainer import Trainer
 
 NAMES = 'knn linear simple multihead cross'.split()
 
@@ -31,22 +39,26 @@ def data(tmp_path, monkeypatch):
     return write_images(tmp_path / 'flowers', 45)
 
 
+def save(folder, seed, **changes):
+    "An encoder of the run's size, with weights of its own."
+    torch.manual_seed(seed)
+    Encoder(**{**dict(img_size=32, depth=2, embed_dim=16), **changes}).save_pretrained(folder)
+
+
 @pytest.fixture
 def run(tmp_path, data):
     folder = tmp_path / 'run'
-    for name, seed in (('context', 1), ('target', 2)):
-        torch.manual_seed(seed)
-        Encoder(img_size=32, depth=2, embed_dim=16).save_pretrained(folder / name)
-    (folder / 'config.json').write_text(json.dumps(dict(
-        data=f'folder:{data}', img_size=32, seed=0, amp='off', batch_size=12, epochs=4, warmup_epochs=1,
-        contains_test_images=True)))
+    cfg = Config.of('demo', data=f'folder:{data}', img_size=32, depth=2, embed_dim=16, predictor_depth=1, amp='off',
+                    mask='uniform', lr=5e-4, drop_rate=.2, batch_size=12, epochs=4, warmup_epochs=1)
+    for name, seed in (('context', 1), ('target', 2)): save(folder / name, seed)
+    (folder / 'config.json').write_text(json.dumps({**asdict(cfg), 'contains_test_images': True}))
     (folder / 'metrics.jsonl').write_text('{"step": 15, "epoch": 4.0}\n')
     return folder
 
 
 def judge(run, **flags):
     "The report of a short call."
-    return report.probe(report.Config(str(run), **{'head_epochs': 2, 'aug_epochs': 2, 'tune_epochs': 2, **flags}))
+    return report.probe(report.Options(str(run), **{'head_epochs': 2, 'aug_epochs': 2, 'tune_epochs': 2, **flags}))
 
 
 def fails(capsys, *argv):
@@ -103,8 +115,12 @@ def test_rows_on_augmented_images_are_others(run):
 def test_the_random_row_is_the_start_of_the_run(run):
     torch.manual_seed(0)
     start = Encoder(img_size=32, depth=2, embed_dim=16).state_dict()
-    blank = report.load_encoders(run, Pretraining(img_size=32, seed=0))['random initialization'].state_dict()
+    before = torch.get_rng_state()
+    found = report.load_encoders(Run(run))
+    blank = found['random initialization'].state_dict()
     assert all(torch.equal(start[k], blank[k]) for k in start)
+    assert not torch.equal(start['mask_token'], found['target'].state_dict()['mask_token'])
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_depth_and_norm_are_read_and_named(run, capsys):
@@ -115,10 +131,8 @@ def test_depth_and_norm_are_read_and_named(run, capsys):
         assert ('block 0' in (said := capsys.readouterr().out)) == ('--block' in flags)
         assert ('not normalized' in said) == ('--no-norm' in flags)
     encoder = Encoder.from_pretrained(run / 'target')
-    assert len(features.cut(encoder, 0).transformer.blocks) == 1 and len(encoder.transformer.blocks) == 2
-    means = [features.encode(features.cut(encoder, b), ImageSet(petals(9, 32)[0], torch.zeros(9), torch.ones(9), [], '',
-                                                               False, [], []), norm=n).means
-             for b, n in ((-1, True), (0, True), (-1, False))]
+    images = ImageSet(petals(9, 32)[0], torch.zeros(9), torch.ones(9), [], '', False, [], [])
+    means = [features.encode(encoder, images, norm=n, block=b).means for b, n in ((-1, True), (0, True), (-1, False))]
     assert not torch.allclose(means[0], means[1]) and not torch.allclose(means[0], means[2])
 
 
@@ -194,6 +208,50 @@ def test_the_callers_random_numbers_go_on(name):
     assert probes.evaluate(name, train, test, 4, epochs=1, seeds=(0,)) == first
 
 
+# Heads: the engine gives what a plain loop gives
+
+def plain_loop(head, tokens, labels, rows, epochs, total, seed, watch):
+    "How heads were trained before they had the trainer: AdamW in two groups, batches of 64, schedules by hand."
+    params = list(head.parameters())
+    opt = torch.optim.AdamW([{'params': [p for p in params if p.ndim > 1]},
+                             {'params': [p for p in params if p.ndim <= 1]}], betas=(.9, .999), fused=True)
+    g, per_epoch, found = torch.Generator().manual_seed(seed), -(-len(rows) // 64), []
+    for step in range(1, epochs * per_epoch + 1):
+        if step % per_epoch == 1: batches = iter(rows[torch.randperm(len(rows), generator=g)].split(64))
+        batch = next(batches)
+        lr = warmup_flat_cosine(step, total * per_epoch, total / 5 * per_epoch, 1e-6, 2e-3, 1e-5, .72)
+        opt.param_groups[0].update(lr=lr, weight_decay=linear(step, total * per_epoch, .04, .4))
+        opt.param_groups[1].update(lr=lr, weight_decay=0.)
+        F.cross_entropy(head(tokens[batch].float()), labels[batch]).backward()
+        opt.step()
+        opt.zero_grad()
+        if step % per_epoch == 0:
+            found.append(100 * (head_logits(head, watch.tokens).argmax(1) == watch.labels).double().mean().item())
+    return found
+
+
+@pytest.mark.parametrize('name', list(probes.HEADS))
+def test_a_head_learns_as_in_the_plain_loop(name):
+    "The same weights and the same curve: no number of a table has changed with the engine."
+    data, other = synthetic(200, apart=1.), synthetic(80, shift=1, apart=1.)
+    rows, watch, heads = torch.arange(150), Watched(other.tokens, other.labels), []
+    for _ in range(2):
+        torch.manual_seed(3)
+        heads.append(probes.HEADS[name](32, 4))
+    curve = train_head(heads[0], stored(data.tokens), data.labels, rows, 2, Recipe(5, 1., seed=7), watch)
+    expected = plain_loop(heads[1], data.tokens, data.labels, rows, 2, 5, 7, watch)
+    assert curve == expected and len(curve) == 2
+    for ours, theirs in zip(heads[0].parameters(), heads[1].parameters()):
+        assert (ours - theirs).abs().max() <= 1e-6 * theirs.abs().max().clamp(min=1)
+
+
+def test_a_head_that_diverges_is_refused():
+    data = synthetic()
+    data.tokens[7] = float('nan')
+    with pytest.raises(InputError, match='loss of a head was nan or infinite at step [1-4]: lower'):
+        train_head(probes.HEADS['simple'](32, 4), stored(data.tokens), data.labels, torch.arange(200), 1, Recipe(1, .2))
+
+
 # Leaks
 
 def test_choices_do_not_see_the_test_split(run, monkeypatch):
@@ -229,7 +287,8 @@ def test_a_test_image_among_the_training_images_is_refused():
     with pytest.raises(InputError, match='200 of 200 test images are training images'):
         probes.evaluate('knn', test, test, 4)
     test.names[7] = train.names[3]
-    with pytest.raises(InputError, match='1 of 200 test images .* the first is 0 3'): probes.evaluate('knn', train, test, 4)
+    with pytest.raises(InputError, match='1 of 200 test images .* the first is 0 3'):
+        probes.evaluate('knn', train, test, 4)
 
 
 def test_the_released_protocol_flatters(run, capsys):
@@ -296,7 +355,7 @@ def test_the_key_of_features(monkeypatch):
     key, plain = features.content_key, encoder()
     found = [key(plain, data()), key(plain, data(images=torch.ones(2, 3, 32, 32, dtype=torch.uint8))),
              key(plain, data(identity='a')), key(plain, data(identity='b')), key(plain, data(), norm=True),
-             key(encoder(num_heads=4), data()), key(features.cut(plain, 0), data())]
+             key(encoder(num_heads=4), data()), key(plain, data(), block=0)]
     assert key(encoder(), data(name='other', labels=torch.ones(2))) == found[0]
     assert key(plain, data(identity='a', images=None)) == found[2]
     monkeypatch.setattr(features, 'FEATURES_VERSION', 2)
@@ -310,8 +369,7 @@ def test_a_repr_holds_no_tensors():
 
 def test_features_of_other_weights_are_not_used(run):
     before, files = judge(run, probes='linear')['rows'], set((run / 'features').iterdir())
-    torch.manual_seed(5)
-    Encoder(img_size=32, depth=2, embed_dim=16).save_pretrained(run / 'target')
+    save(run / 'target', 5)
     after, now = judge(run, probes='linear')['rows'], set((run / 'features').iterdir())
     assert [a == b for a, b in zip(before, after)] == [True, True, True, False]  # pixels, random, context, target
     assert len(now) == 6 and len(now & files) == 4
@@ -338,14 +396,14 @@ def test_supervised_and_finetune(run, capsys):
     assert not result['missing'] and row['top1_std'] is None and row['top1_interval'][0] <= row['top1']
     later = judge(run, probes='knn')
     assert not later['missing'] and row['top1'] in [r['top1'] for r in later['rows'] if r['probe'] == 'supervised']
-    assert judge(run, probes='supervised')['rows'][1]['curve'] == row['curve'] and len(list(run.glob('supervised-*'))) == 1
+    assert judge(run, probes='supervised')['rows'][1]['curve'] == row['curve']
+    assert len(list(run.glob('supervised-*'))) == 1
 
 
 def test_rows_of_whole_networks_belong_to_their_weights_and_budget(run):
     "Other weights: fine-tuned anew. A longer pre-training: the supervised row is missing until it is made again."
     before = judge(run, probes='supervised,finetune')['rows'][1:]
-    torch.manual_seed(9)
-    Encoder(img_size=32, depth=2, embed_dim=16).save_pretrained(run / 'target')
+    save(run / 'target', 9)
     after = judge(run, probes='supervised,finetune')['rows'][1:]
     assert [a['identity']['start'] == b['identity']['start'] for a, b in zip(before, after)] == [True, True, False]
     assert [a['curve'] == b['curve'] for a, b in zip(before, after)] == [True, True, False]
@@ -356,8 +414,7 @@ def test_rows_of_whole_networks_belong_to_their_weights_and_budget(run):
 
 
 def test_fine_tuning_for_another_time_is_another_row(run, capsys):
-    def tuned(): return [(r['encoder'], r['identity']['epochs'])
-                         for r in json.loads((run / 'probe_flowers.json').read_text())['rows'] if r['probe'] == 'finetune']
+    def tuned(): return [(r['encoder'], r['identity']['epochs']) for r in Run(run).table()['rows'] if r['probe'] == 'finetune']
     for epochs in ('1', '2', '2'): report.main([str(run), '--probes', 'finetune', '--tune-epochs', epochs])
     assert sorted(tuned()) == [('context', 1), ('context', 2), ('target', 1), ('target', 2)]
     assert capsys.readouterr().out.count('epochs 1') == 2 + 2 + 2  # in each of the three tables
@@ -367,7 +424,7 @@ def test_fine_tuning_for_another_time_is_another_row(run, capsys):
 
 
 def test_a_second_call_adds_rows_and_another_step_replaces_them(run, capsys):
-    def rows(): return {(r['probe'], r['encoder']) for r in json.loads((run / 'probe_flowers.json').read_text())['rows']}
+    def rows(): return {(r['probe'], r['encoder']) for r in Run(run).table()['rows']}
     report.main([str(run), '--probes', 'linear'])
     report.main([str(run), '--probes', 'knn'])
     both = rows()
@@ -390,21 +447,69 @@ def test_a_stopped_training_goes_on_bit_for_bit(run, monkeypatch):
     "SIGTERM in the middle of an epoch; then the same command again, against a training that nobody stopped."
     whole = judge(run, probes='supervised')['rows'][1]
     folder, = run.glob('supervised-random-*')
-    weights = torch.load(folder / 'checkpoint.pt', weights_only=True)['net']
+    weights = torch.load(folder / 'checkpoint.pt', weights_only=True)['model']
     for file in folder.iterdir(): file.unlink()
-    step = finetune.train_step
-    def stopped(t):
-        step(t)
-        if t.step == 7: os.kill(os.getpid(), signal.SIGTERM)
-    monkeypatch.setattr(finetune, 'train_step', stopped)
+    step = Trainer.train_step
+    def stopped(trainer):
+        values = step(trainer)
+        if trainer.step == 7: os.kill(os.getpid(), signal.SIGTERM)
+        return values
+    monkeypatch.setattr(Trainer, 'train_step', stopped)
     with pytest.raises(SystemExit) as stop: judge(run, probes='supervised')
     assert stop.value.code == 143 and torch.load(folder / 'checkpoint.pt', weights_only=True)['step'] == 7
     monkeypatch.undo()
     os.environ['SCOTT_CACHE'] = str(run.parent / 'cache')
     row = judge(run, probes='supervised')['rows'][1]
-    now = torch.load(folder / 'checkpoint.pt', weights_only=True)['net']
+    now = torch.load(folder / 'checkpoint.pt', weights_only=True)['model']
     assert all(torch.equal(weights[k], now[k]) for k in weights)
     assert row['curve'] == whole['curve'] and row['seeds'] == whole['seeds'] and row['steps_here'] == 8
+
+
+RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'flowers102-small'
+
+
+def test_rows_that_were_stored_before_are_found_again(tmp_path, monkeypatch):
+    "Rows of whole networks, made by an earlier version: today's identity has the same keys, order, values and hash."
+    results = Run(RESULTS)
+    trained, kept = results.config, [r for r in results.table('flowers102')['rows'] if r['probe'] in report.WHOLE]
+    encoder = build(trained).target
+    images = ImageSet(torch.empty(2040), None, None, range(102), 'flowers102', True, [], [])
+    folders = []
+    for row in kept:
+        who = row['identity']
+        judge = SimpleNamespace(trained=trained, squashed=None, train=images, test=SimpleNamespace(names=[]),
+                                encoders={row['encoder']: encoder}, run=SimpleNamespace(folder=tmp_path),
+                                place=finetune.Place(torch.device('cpu'), torch.bfloat16),
+                                options=SimpleNamespace(seed=who['seed']))
+        def named(state): return who['start'] if 'classify.bias' in state else digest(state)  # weights, or an identity
+        monkeypatch.setattr(finetune, 'digest', named)
+        name = f'{row["probe"]}-{row["encoder"].split()[0]}-{digest(who)[:8]}'
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'row.json').write_text(json.dumps(dict(top1=row['top1'])))
+        assert report.whole(judge, row['probe'], row['encoder'], who['epochs'], train=False) == [
+            dict(probe=row['probe'], encoder=row['encoder'], top1=row['top1'])]
+        assert not report.whole(judge, row['probe'], row['encoder'], who['epochs'] + 1, train=False)
+        folders.append(name)
+    assert sorted(folders) == ['finetune-context-85099f18', 'finetune-context-b69d1faa', 'finetune-target-6591fca4',
+                              'supervised-random-41e0e687']  # the folders that the earlier version made
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_a_line(run, capsys):
+    judge(run, probes='supervised')
+    folder, = run.glob('supervised-random-*')
+    (folder / 'row.json').unlink()
+    state = load_checkpoint(folder)
+    write_checkpoint(folder, dict(step=3, net=state['model']), keep=1)  # its former layout
+    assert 'earlier version of scott: remove it' in fails(capsys, run, '--probes', 'supervised')
+
+
+def test_a_training_that_diverges_is_refused_in_its_own_words(run, monkeypatch):
+    "Not with flags of another command, and nothing is saved."
+    views = finetune.augmented
+    monkeypatch.setattr(finetune, 'augmented', lambda *a: views(*a) * float('nan'))
+    with pytest.raises(InputError, match='nan or infinite at step 1, not saved: the recipe'):
+        judge(run, probes='supervised')
+    assert not list(run.glob('supervised-*/checkpoint.pt'))
 
 
 def test_a_training_for_other_labels_is_another(run, data):
@@ -443,15 +548,15 @@ def test_bad_run_folders(run, tmp_path, capsys):
 
 
 def test_an_encoder_of_another_image_size(run, capsys):
-    Encoder(img_size=64, depth=2, embed_dim=16).save_pretrained(run / 'target')
-    assert 'images of 64 x 64 px, but' in (said := fails(capsys, run)) and 'says 32' in said
+    save(run / 'target', 2, img_size=64)
+    assert 'target is an encoder of another run' in fails(capsys, run)
 
 
 def test_spoiled_weights_are_named(run, capsys):
     encoder = Encoder.from_pretrained(run / 'context')
     torch.nn.init.constant_(encoder.transformer.blocks[0].attn.qkv.weight, float('nan'))
     encoder.save_pretrained(run / 'context')
-    assert 'NaN' in fails(capsys, run, '--probes', 'knn').replace('Loading weights from local directory', '')
+    assert 'NaN' in fails(capsys, run, '--probes', 'knn')
 
 
 def test_labels_that_no_probe_can_use(run, data, tmp_path, capsys):
@@ -459,7 +564,8 @@ def test_labels_that_no_probe_can_use(run, data, tmp_path, capsys):
     one = write_images(tmp_path / 'one', 20)
     write_images(one, 1, classes=('rare',))
     assert "class 'rare': 1;" in fails(capsys, run, '--data', f'folder:{one}')
-    assert 'two classes' in fails(capsys, run, '--data', f'folder:{write_images(tmp_path / "same", 10, classes=("a",))}')
+    same = write_images(tmp_path / 'same', 10, classes=('a',))
+    assert 'two classes' in fails(capsys, run, '--data', f'folder:{same}')
 
 
 def test_a_class_that_is_only_in_the_test_split(run, data, capsys, monkeypatch):

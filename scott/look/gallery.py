@@ -158,10 +158,10 @@ def png(figure: Figure) -> bytes:
 @dataclass
 class Options(OfRun):
     "Draw what a pre-training run has learned, beside its random initialization: gallery.html and its pictures as PNG."
-    images: int = opt(6, 'test images to show, 1 to 64')
+    images: int = opt(6, 'test images to show', low=1, high=64)
     block: int = opt(-1, 'block whose attention is drawn; negative ones count from the last')
     query: str = opt(None, 'ROW,COLUMN of the patch that asks and is searched, from 0 (default: the middle)', str)
-    seed: int = opt(0, 'seed of the choice of images, of their masks and of the map')
+    seed: int = opt(0, 'seed of the choice of images, of their masks and of the map', low=0, high=2 ** 32 - 1)
     out: str = opt(None, 'folder to write to (default: RUN/gallery)', str)
 
 # %% ../../nbs/75_gallery.ipynb #a7f694ff
@@ -176,8 +176,6 @@ def check_options(
 ) -> Place:  # of the query
     "InputError for flags that this run can't follow."
     rows, columns = encoder.grid
-    if not 1 <= options.images <= 64: raise InputError(f'--images {options.images}: choose 1 to 64')
-    if not 0 <= options.seed < 2 ** 32: raise InputError(f'--seed {options.seed}: choose 0 to {2 ** 32 - 1}')
     check_block(encoder, options.block)
     if options.query is None: return Place(rows // 2, columns // 2)
     words = options.query.split(',')

@@ -100,6 +100,7 @@ def content_key(
     return digest(dict(weights=encoder.state_dict(), layers=layers, images=data.identity or data.images,
                        how=sorted(f'{k} {v}' for k, v in how.items()), version=FEATURES_VERSION))
 
+# %% ../../nbs/72_features.ipynb #72cda3a7
 def read_checked(path: Path) -> dict:  # a file that `load_or_encode` wrote
     "The tensors of a file; ValueError if they are not those whose digest it carries (safetensors has no checksum)."
     with safe_open(path, 'pt') as file: said = (file.metadata() or {}).get('sha256')
