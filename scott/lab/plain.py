@@ -166,19 +166,29 @@ class PlainLoop:
         self.schedule = schedule_of(cfg, len(data) // cfg.batch_size)
         self.step, self.batches, self.waited = 0, None, 0.  # seconds
 
-    def views(self) -> list:  # of the next batch: context and target, both (B, 3, H, W)
+    def views(self) -> list:  # context and target, both (B, 3, H, W)
+        "The views of the next batch."
         begun = time.perf_counter()
         self.batches = self.batches or plain_batches(self.pictures, self.cfg.batch_size)
         views = next(self.batches)
         self.waited += time.perf_counter() - begun
         return [view.to(self.device, non_blocking=True) for view in views]
 
-    def masks(self) -> Tensor:  # of the next batch, (B, N) bool, True = visible
+    def masks(self) -> Tensor:  # (B, N) bool, True = visible
+        "The masks of the next batch."
         return plain_masks(self.cfg.batch_size, self.jepa.context.grid, self.cfg.mask_ratio).to(self.device)
 
-    def loss(self, *batch) -> Tensor: return self.jepa(*batch)  # views and masks -> scalar
-    def average(self, momentum: float): plain_ema(self.jepa.target, self.jepa.context, momentum)
-    def report(self, loss: Tensor) -> float: return loss.item()  # what is shown of a step
+    def loss(self, *batch) -> Tensor:  # views and masks -> scalar
+        "The forward pass."
+        return self.jepa(*batch)
+
+    def average(self, momentum: float):
+        "Move the target."
+        plain_ema(self.jepa.target, self.jepa.context, momentum)
+
+    def report(self, loss: Tensor) -> float:
+        "What is shown of a step."
+        return loss.item()
 
     def train_step(self) -> float:  # the loss
         "One optimizer step."
@@ -192,4 +202,6 @@ class PlainLoop:
         self.average(values.momentum)
         return self.report(loss)
 
-    def close(self): self.batches = None  # stops the worker processes
+    def close(self):
+        "Stop the worker processes."
+        self.batches = None
