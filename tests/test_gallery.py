@@ -12,18 +12,17 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from scott.train.config import Config, build, identity
 from scott.look.gallery import CAPTIONS, SAMPLE, Options, check_options, draw, draw_sample, main, page
+from scott.train.config import Config, build, identity
 from scott.train.files import write_checkpoint
 
-TOY = dict(preset='demo', data='petals', img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2,
-           device='cpu')
+TOY = dict(img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2, device='cpu')
 ALL = ['pca', 'attention', 'search', 'pairs', 'prediction', 'map', 'masks']
 
 
 def write_run(run, checkpoint=True, **changes):
     "A run folder as `pretrain` leaves it, without training: the weights are a little moved."
-    cfg = Config(**{**TOY, 'data': f'folder:{run.parent}/images', 'out': str(run), **changes})
+    cfg = Config.of('demo', **{**TOY, 'data': f'folder:{run.parent}/images', 'out': str(run), **changes})
     run.mkdir()
     (run / 'config.json').write_text(json.dumps({**asdict(cfg), 'images': 60}))
     (run / 'metrics.jsonl').write_text('{"step": 1300}\n')  # younger than the last save
@@ -31,7 +30,7 @@ def write_run(run, checkpoint=True, **changes):
     with torch.no_grad():
         for p in jepa.parameters(): p.add_(.02 * torch.randn(p.shape, generator=g))
     for name in ('context', 'target'): getattr(jepa, name).save_pretrained(run / name)
-    if checkpoint: write_checkpoint(run, dict(step=1234, jepa=jepa.state_dict(), identity=identity(cfg, 60)))
+    if checkpoint: write_checkpoint(run, dict(step=1234, model=jepa.state_dict(), identity=identity(cfg, images=60)))
     return run
 
 
@@ -137,12 +136,19 @@ def test_other_data_registers_and_few_images(place, tmp_path, capsys):
 
 
 def test_a_collapsed_run(place, tmp_path):
+    "It is what one wants to see then: no error, the trained encoder has position alone, all images are one point."
     run = write_run(tmp_path / 'run', checkpoint=False, data=f'folder:{place}/images')
-    target = build(Config(**TOY)).target
+    target = build(Config.of('demo', **TOY)).target
     with torch.no_grad():
         for p in target.parameters(): p.zero_()
     target.save_pretrained(run / 'target')
-    main([str(run), '--images', '2'])  # it is what one wants to see then: no error
+    pictures = draw(Options(str(run), images=2)).pictures
+    assert list(pictures) == [name for name in ALL if name != 'prediction']
+    axes = pictures['pca'].figure.axes  # of two images: the image, random, its front, trained, its front
+    def squares(column): return [torch.tensor(ax.images[0].get_array()) for ax in axes[column::5]]
+    assert torch.equal(*squares(3)) and not torch.equal(*squares(1))  # trained, random
+    trained = pictures['map'].figure.axes[1]
+    assert all((points.get_offsets() == 0).all() for points in trained.collections)
 
 
 def test_the_sample():
@@ -158,7 +164,7 @@ def test_the_sample():
 
 
 def test_the_query(place):
-    encoder = build(Config(**TOY)).target  # 4 x 4
+    encoder = build(Config.of('demo', **TOY)).target  # 4 x 4
     assert check_options(Options('x'), encoder) == (2, 2)
     assert check_options(Options('x', query='0,3'), encoder) == (0, 3)
 
@@ -177,33 +183,33 @@ def test_refusals(place, capsys, words, says):
     with pytest.raises(SystemExit) as end: main(words.format(place=place, run=place / 'run').split())
     err = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and says in err[-1] and err[-1].startswith('scott_visualize: ')
-    assert len([line for line in err if 'Loading weights' not in line]) == 1
+    assert len(err) == 1
     assert {p: p.stat().st_mtime_ns for p in place.rglob('*') if p.is_file()} == before
 
 
 def other_encoder(run, **changes):
-    build(Config(**{**TOY, **changes})).target.save_pretrained(run / 'target')
+    build(Config.of('demo', **{**TOY, **changes})).target.save_pretrained(run / 'target')
 
 
 def nan_weights(run):
-    encoder = build(Config(**TOY)).target
+    encoder = build(Config.of('demo', **TOY)).target
     with torch.no_grad(): encoder.transformer.blocks[0].attn.proj.weight.fill_(float('nan'))
     encoder.save_pretrained(run / 'target')
 
 
 @pytest.mark.parametrize('damage, says', [
     (lambda run: (run / 'target' / 'model.safetensors').unlink(), 'no model.safetensors'),
-    (lambda run: (run / 'target' / 'model.safetensors').write_bytes(b'short'), 'is no Encoder'),
+    (lambda run: (run / 'target' / 'model.safetensors').write_bytes(b'short'), 'damaged'),
     (lambda run: (run / 'target' / 'config.json').unlink(), 'no config.json'),
     (lambda run: (run / 'config.json').write_text('{'), 'damaged'),
-    (lambda run: other_encoder(run, img_size=96), 'image size 96, not 64'),
-    (lambda run: write_checkpoint(run, dict(step=1, jepa={}, identity=dict(img_size=112))), 'img_size is 112'),
+    (lambda run: other_encoder(run, img_size=96), 'encoder of another run'),
+    (lambda run: write_checkpoint(run, dict(step=1, model={}, identity=dict(img_size=112))), 'img_size is 112'),
     (nan_weights, 'spoiled')])
 def test_damaged_runs(place, tmp_path, capsys, damage, says):
     run = shutil.copytree(place / 'run', tmp_path / 'run')
     damage(run)
     with pytest.raises(SystemExit) as end: main([str(run), '--images', '1'])
-    err = [line for line in capsys.readouterr().err.strip().splitlines() if 'Loading weights' not in line]
+    err = capsys.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(err) == 1 and says in err[0] and (str(run) in err[0])
     assert not (run / 'gallery').exists()
 

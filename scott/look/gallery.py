@@ -27,7 +27,7 @@ from .tokens import (attention_figure, attention_maps, choose_images, foreground
                                token_pca)
 from ..probe.features import check_block, read_tokens
 from ..train.config import build, masks_of
-from ..train.files import write_atomic
+from ..train.files import load_checkpoint, write_atomic
 from ..train.run import Run
 
 # %% ../../nbs/75_gallery.ipynb #7bbaa93e
@@ -206,8 +206,9 @@ def draw(
     run, k, seed, left_out = Run(options.run), options.images, options.seed, []
     cfg, encoders = run.config, {'random': run.encoder('random'), 'trained': run.encoder('target')}
     query, grid = check_options(options, encoders['trained']), encoders['trained'].grid
-    try: networks = {'random': build(cfg), 'trained': run.jepa()}
-    except InputError as e: networks = left_out.append(f'the predictor: {e}')
+    try: step = load_checkpoint(run.folder)['step']
+    except InputError as e: step = left_out.append(f'the predictor: {e}')
+    networks = {'random': build(cfg), 'trained': run.jepa()} if step else {}  # refused if it is of another run
     data = load(options.data or cfg.data, 'test', cfg.img_size, 'center', options.data_root or cfg.data_root,
                 on_bad_image=cfg.on_bad_image)
     if len(data) < max(2, k):
@@ -225,17 +226,17 @@ def draw(
     else: pictures['map'] = Picture('A map of the test images', map_figure(means, labels, data.classes, seed))
     heat = visibility(masks, grid, generator)
     pictures['masks'] = Picture('What the context encoder was shown', mask_figure(sample[:k], keep, heat))
-    return Drawn(describe(run, data, options, bool(networks), len(sample), left_out), pictures)
+    return Drawn(describe(run, data, options, step, len(sample), left_out), pictures)
 
 # %% ../../nbs/75_gallery.ipynb #a3a815d9
-def describe(run, data, options, whole, read, left_out):
+def describe(run, data, options, step, read, left_out):
     "What stands in the head of the gallery: name -> text."
     cfg = run.config
     elsewhere = '' if (options.data or cfg.data) == cfg.data else f'; the run was trained on {cfg.data}'
     log = run.metrics  # goes on after the last save, whose weights are drawn
-    step = f'at most {log[-1]["step"]:,}, the last of metrics.jsonl' if log else 'unknown (no metrics.jsonl)'
+    bound = f'at most {log[-1]["step"]:,}, the last of metrics.jsonl' if log else 'unknown (no metrics.jsonl)'
     facts = {'run': run.folder.resolve().name, 'data': f'{data.name}, test split{elsewhere}',
-             'step': f'{run.step:,}' if whole else step, 'image size': f'{cfg.img_size} px', 'seed': options.seed,
+             'step': f'{step:,}' if step else bound, 'image size': f'{cfg.img_size} px', 'seed': options.seed,
              'images': f'{options.images} shown, {read} read for means, fits and map, of {len(data):,}',
              'columns': f'random: the state this run began with (its seed was {cfg.seed}); trained: its target encoder'}
     return {**facts, **({'left out': '; '.join(left_out)} if left_out else {})}

@@ -151,6 +151,7 @@ def fit_head(
     head, _ = trained(torch.arange(len(train.labels)), best + 1)
     return Fitted(lambda f: head_logits(head, f.tokens), {'epoch': best + 1, 'chosen_at': found[best]})
 
+# %% ../../nbs/30_probes.ipynb #3d375956
 def fit_probe(
     name: str,  # a key of GRIDS or HEADS
     train: Features,  # of the whole training split
