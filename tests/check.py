@@ -13,7 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 PAGES, TESTS = r'^\t(\S+\.ipynb)$', r'^(?:FAILED|ERROR) (\S+)'  # how nbdev_test and pytest name what failed
-PYTEST = [sys.executable, '-m', 'pytest', '-q', '-rfEs', '--tb=short', '--durations=10', 'tests']
+PYTEST = [sys.executable, '-m', 'pytest', '-q', '-rfEs', '--tb=short', '--durations=10',
+          '--continue-on-collection-errors', 'tests']
 
 
 def run(name, command, pattern):

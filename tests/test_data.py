@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from scott.data.sets import decode as caching
-from scott.data.sets import sets as module
+from scott.data import decode as caching
+from scott.data import sets as module
 from scott.data.decode import decode, files_key, read_cache, write_cache
 from scott.data.sets import Files, load
 from scott.cli import InputError
