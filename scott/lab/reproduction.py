@@ -11,7 +11,6 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from ..cli import InputError, Parser, run_cli
@@ -44,14 +43,12 @@ def learning_curve(
     "10-NN on the held-out fifth of the training split: no test image is read."
     run, curve = Run(run), []
     cfg = run.config
-    (device, dtype), net = pick_device(cfg.device, cfg.amp), build(cfg)
-    data = load(cfg.data, 'train', cfg.img_size, 'center', cfg.data_root)
+    device, dtype = pick_device(cfg.device, cfg.amp)
+    data = load(cfg.data, 'train', cfg.img_size, 'center', cfg.data_root, on_bad_image=cfg.on_bad_image)
     inner, held = fold(data.labels)
-    states = {0: None, **run.checkpoints, run.step: run.folder / 'checkpoint.pt'}
-    for step, path in tqdm(states.items(), disable=None, unit='checkpoint'):
-        if path:
-            state = torch.load(path, map_location='cpu', weights_only=True)
-            net.load_state_dict(state['model'] if 'model' in state else state['jepa'])
+    last = run.step
+    for step in tqdm(dict.fromkeys([0, *run.checkpoints, last]), disable=None, unit='checkpoint'):
+        net = run.jepa(None if step == last else step) if step else build(cfg)
         f = encode(net.target, data, device, dtype, keep_tokens=False)
         votes = knn(f.means[inner], data.labels[inner], k=10, classes=len(data.classes))(f.means[held])
         curve.append(dict(step=step, knn=scores(votes, data.labels[held])['top1']))

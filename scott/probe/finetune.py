@@ -111,7 +111,7 @@ class OneView:
     def make(self, pictures: Tensor, drawn: tuple, share: Tensor) -> tuple:  # (b, 3, S, S) uint8; of the step; (b,)
         "Views (b, 3, size, size) and classes (b,), on the pictures' device."
         rows, seed = drawn[0][share], drawn[1]
-        views = augmented(pictures, self.aspect[rows], self.size, seed)
+        views = augmented(pictures, self.aspect[rows], self.size, seed + int(share[0]))  # each share its own
         return views.contiguous(memory_format=torch.channels_last), self.labels[rows].to(pictures.device)
 
 # %% ../../nbs/73_finetune.ipynb #f4f78348

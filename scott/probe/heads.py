@@ -203,7 +203,7 @@ def train_head(
                       Place(next(head.parameters()).device, None), recipe.seed, compile=False)
     def after(line):
         if bad := trainer.tally.read().first_bad:
-            raise InputError(f'the loss of a head was nan or infinite at step {bad}: lower its learning rate')
+            raise InputError(f'the loss of a head was nan or infinite at step {bad}: leave it out of --probes')
         if watch: found.append(100 * (head_logits(head, watch.tokens).argmax(1) == watch.labels).double().mean().item())
         head.train()
     fit(trainer, after, feed.per_epoch, show=False, until=epochs * feed.per_epoch)

@@ -52,6 +52,7 @@ class Options(OfRun):
     tune_epochs: int = opt(30, 'epochs of finetune (supervised gets as many images as the pre-training)', low=1)
     cache_gb: float = opt(2., 'largest token cache of one encoder in GB (the attentive heads need it)', low=0)
     device: str = opt('auto', 'auto, cpu, mps, cuda or cuda:N')
+    amp: str = opt('auto', 'number type of the products, as in scott_pretrain', choices=('auto', 'bf16', 'fp16', 'off'))
     json: str = opt(None, 'a second place for the results, besides the run folder', str)
 
 # %% ../../nbs/74_table.ipynb #dd6c9488
@@ -88,7 +89,7 @@ class Judge:
         self.trained = t = self.run.config
         self.encoders = load_encoders(self.run)
         check_block(self.encoders['target'], options.block)
-        self.place = pick_device(options.device, t.amp)
+        self.place = pick_device(options.device, options.amp)
         self.where = dict(name=options.data or t.data, root=options.data_root or t.data_root,
                           on_bad_image=t.on_bad_image)
         self.train, self.test = load_labeled(size=t.img_size, **self.where)
@@ -231,8 +232,10 @@ def merged(
     try: old = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as e: raise InputError(f'{path} is damaged ({e}): remove it') from e
     free = 'probes tune_epochs json device cache_gb run data_root'.split()
-    def made(r): return [r.get(k) for k in ('data', 'step', 'config', 'train_images')], {
-        k: v for k, v in r.get('flags', {}).items() if k not in free}
+    def made(r):  # a flag that an older file lacks counts as its default
+        flags = {**asdict(Options('')), **r.get('flags', {})}
+        return [r.get(k) for k in ('data', 'step', 'config', 'train_images')], {
+            k: v for k, v in flags.items() if k not in free}
     if made(old) != made(report): return report
     def key(row): return row['probe'], row['encoder'], row.get('identity', {}).get('epochs')
     here = {key(r) for r in report['rows']}

@@ -100,7 +100,10 @@ class Config:
         check_names(cls, changes)
         for name in ('out', 'data_root'):
             if isinstance(changes.get(name), (str, Path)): changes[name] = os.path.expanduser(changes[name])
-        self = checked(cls(**{**PRESETS.get(preset, {}), **changes, 'preset': preset}))
+        if changes.get('data_root'): changes['data_root'] = os.path.abspath(changes['data_root'])  # as `data` below
+        self = cls(**{**PRESETS.get(preset, {}), **changes, 'preset': 'paper'})
+        self.preset = preset  # a name now, and no longer a promise: the changes may have replaced all of its values
+        checked(self)
         self.data = absolute(self.data)  # a run may be resumed from another place
         if self.warmup_epochs >= self.epochs and 'warmup_epochs' not in changes: self.warmup_epochs = self.epochs // 2
         if self.warmup_epochs >= self.epochs:

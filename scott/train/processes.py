@@ -105,11 +105,13 @@ class Group:
         if self.world > 1: dist.all_reduce(x.div_(self.world))
         return x
 
-    def any(self, flag: bool) -> bool:
-        "Whether the flag is true in one of the processes."
-        if self.world == 1: return bool(flag)
+    def max(self, number: int) -> int:
+        "The largest of the processes' numbers."
+        if self.world == 1: return number
         device = torch.device('cuda', self.local) if dist.get_backend() == 'nccl' else 'cpu'
-        return self.mean(torch.tensor(float(bool(flag)), device=device)).item() > 0
+        largest = torch.tensor(number, device=device)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        return largest.item()
 
     def wait(self):
         "Go on when all are here."
@@ -123,7 +125,7 @@ class Group:
 
     def leave(self):
         "Tell the others that this process is done."
-        if self.world > 1: dist.destroy_process_group()
+        if dist.is_initialized(): dist.destroy_process_group()
 
 # %% ../../nbs/68_processes.ipynb #62834f90
 def quiet(

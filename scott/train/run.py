@@ -94,7 +94,9 @@ class Run:
     def config(self) -> Config:
         "Its settings; those that did not exist when it was made have their defaults."
         known = {f.name: self.stored[f.name] for f in fields(Config) if f.name in self.stored}
-        try: return checked(Config(**known))
+        cfg = Config(**{**known, 'preset': 'paper'})
+        cfg.preset = known.get('preset', 'paper')
+        try: return checked(cfg)
         except InputError as e: raise InputError(f'{self.folder / "config.json"} can\'t be used: {e}') from e
 
     @property

@@ -67,7 +67,8 @@ class Tally(nn.Module):
     def read(self) -> Counts:
         "The counts as numbers; the device is read once a tensor."
         *norms, count = self.norms.tolist()
-        return Counts(self.loss.item() / max(self.steps.item(), 1), [n / max(count, 1) for n in norms],
+        nan = float('nan')  # where nothing was counted
+        return Counts(self.loss.item() / (self.steps.item() or nan), [n / (count or nan) for n in norms],
                       *self.bad.tolist())
 
     def reset(self):
@@ -119,7 +120,7 @@ def compiled(
 @contextmanager
 def own_randomness(device: torch.device):
     "What happens inside draws and seeds as it likes; the caller's random generators come back as they were."
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []): yield
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == 'cuda' else []): yield
 
 # %% ../../nbs/70_trainer.ipynb #a70c07b0
 class Trainer:
@@ -160,6 +161,7 @@ class Trainer:
         for i, batch in enumerate(self.feed.batches(self.step), 1):
             with quiet(self.wrapped, last=i == self.accumulate):
                 with self.autocast(): part = self.forward(*batch) / self.accumulate
+                part = torch.where(part.isfinite(), part, part * float('nan'))  # so that its gradient is none either
                 self.scaler.scale(part).backward()
             loss += part.detach()
         self.batch = batch
@@ -170,7 +172,7 @@ class Trainer:
         loss: Tensor,  # of this step; the gradients are there
         values: Values,
     ):
-        "Optimizer and target; a step whose loss or gradient is no number leaves the weights as they are."
+        "Optimizer and target. A step whose loss or gradient is no number leaves the trained weights as they are."
         norms = part_norms([torch.zeros_like(p) if p.grad is None else p.grad for p in self.params], self.rows)
         wrong = torch.stack([~loss.isfinite(), ~norms.sum().isfinite()]).float()
         *wrong, loss = self.group.mean(torch.stack([*wrong, loss])).unbind()  # over all processes
@@ -228,6 +230,12 @@ class StopSignal:
         said = f'\n{self.name}: saving a checkpoint; once more to leave at once\n'
         with suppress(OSError): os.write(2, said.encode())
 
+    def agree(self, group: Group) -> bool:  # the processes of the run
+        "Whether one of the processes has been told to stop; then all of them have."
+        code = group.max(self.code or 0)
+        if code: self.name, self.code = signal.Signals(code - 128).name, code
+        return code > 0
+
     def __exit__(self, *error):
         for number, handler in self.former.items(): signal.signal(number, handler or signal.SIG_DFL)
 
@@ -265,7 +273,7 @@ def fit(
                 before, logged = logged, time.monotonic()  # the time of `log` itself counts in the next line
                 bar.set_postfix_str(log(Line(values, trainer.step - last, logged - before, made)) or '')
                 last = trainer.step
-            if lines or trainer.group.world == 1: leave = trainer.group.any(stop.name)  # all stop at the same step
+            if lines or trainer.group.world == 1: leave = stop.agree(trainer.group)  # all stop at the same step
             if save and first and time.monotonic() - saved > 60 * minutes:
                 save()
                 saved = time.monotonic()
