@@ -297,5 +297,5 @@ def test_reading_leaves_the_global_generator_and_its_result_has_a_short_name(run
 @pytest.mark.parametrize('changes', [dict(img_size=96), dict(embed_dim=64), dict(depth=3), dict(tokenizer='patch')])
 def test_an_encoder_of_another_run(run, changes):
     encoder(**changes).save_pretrained(run.folder / 'target')
-    with pytest.raises(InputError, match='target is an encoder of another run than .*config.json'):
+    with pytest.raises(InputError, match='target is of another run than .*config.json'):
         run.encoder('target')
