@@ -309,32 +309,6 @@ def test_pieces_that_cannot_be(refused, place, tmp_path, wrong, words):
     assert all(word in said for word in words)
 
 
-@pytest.mark.parametrize('wrong, words', [
-    ('--preset huge', ['huge', 'paper']), ('--images 0', ['--images']), ('--steps 0', ['--steps']),
-    ('--json nowhere/bench.json', ['nowhere', '--json']), ('--img-size 100', ['100', '96']),
-    ('--device cuda:99', ['cuda:99'])])
-def test_a_benchmark_that_cannot_be(refused, wrong, words):
-    said = refused('scott_bench', *wrong.split())
-    assert all(word in said for word in words)
-
-
-def test_the_benchmark_writes_its_figures(tmp_path, capsys, monkeypatch):
-    from scott.lab import bench
-    monkeypatch.setattr(bench, 'alone', bench.point)  # in this process: starting one for each rung takes a minute
-    sizes = '--preset demo --embed-dim 16 --depth 1 --batch-size 4 --images 8 --steps 1 --device cpu'
-    run('scott_bench', *sizes.split(), '--ladder', '--json', tmp_path / 'bench.json')
-    report = json.loads((tmp_path / 'bench.json').read_text())
-    for name in ('engine', 'baseline'):
-        r = report[name]
-        assert r['images_per_s'] == pytest.approx(4 / r['step_s']) and 0 <= r['data_wait'] < 1
-        assert r['gflop_per_s'] == pytest.approx(report['gflop_per_image'] * r['images_per_s'])
-        assert r['share_of_product'] == pytest.approx(r['gflop_per_s'] / report['product']['gflop_per_s'])
-    assert report['ratio'] == pytest.approx(report['engine']['images_per_s'] / report['baseline']['images_per_s'])
-    assert [r['lever'] for r in report['ladder']][:3] == ['none', 'augment', 'masks']
-    assert report['config']['without'] == '' and report['machine']['hardware']
-    assert f'{report["ratio"]:.2f}' in capsys.readouterr().out
-
-
 # --- help
 
 def options_of(module):

@@ -1,7 +1,6 @@
 """Settings of a run: the same presets, ranges and lines in Python and on the command line; what makes two runs one."""
 import dataclasses
 import json
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 

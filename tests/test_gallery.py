@@ -202,7 +202,7 @@ def nan_weights(run):
     (lambda run: (run / 'target' / 'model.safetensors').write_bytes(b'short'), 'damaged'),
     (lambda run: (run / 'target' / 'config.json').unlink(), 'no config.json'),
     (lambda run: (run / 'config.json').write_text('{'), 'damaged'),
-    (lambda run: other_encoder(run, img_size=96), 'encoder of another run'),
+    (lambda run: other_encoder(run, img_size=96), 'of another run'),
     (lambda run: write_checkpoint(run, dict(step=1, model={}, identity=dict(img_size=112))), 'img_size is 112'),
     (nan_weights, 'spoiled')])
 def test_damaged_runs(place, tmp_path, capsys, damage, says):

@@ -432,7 +432,7 @@ def test_the_quick_knn_takes_every_so_many_of_many_images(monkeypatch):
         return ImageSet(images, torch.arange(n) % 3, torch.ones(n), list('abc'), 'toy', False, [])
     for n, left in ((100, 100), (10_001, 10_001), (25_000, 12_500)):
         monkeypatch.setattr(module, 'load', lambda *_, **__: shown(n))
-        looking = labeled(Config(knn_every=1))
+        looking = labeled(Config(knn_every=1), shown(n))
         assert len(looking.images) == len(looking.labels) == left
         assert torch.equal(looking.labels, looking.images.flatten() % 3)
 

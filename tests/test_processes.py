@@ -204,8 +204,10 @@ def test_a_killed_process_is_restarted_and_the_losses_are_the_same(place, pair, 
 # --- what else a run needs
 
 def test_labeled_pictures_are_the_training_split_in_the_evaluation_view(capsys):
-    shown = labeled(Config.of(**TOY, knn_every=1))
-    assert shown.n == 640 and labeled(Config.of(**TOY, knn_every=0)) is None and capsys.readouterr().out == ''
+    data = load('petals', 'all', 37)
+    shown = labeled(Config.of(**TOY, knn_every=1), data)
+    assert shown.n == 640 and labeled(Config.of(**TOY, knn_every=0), data) is None
+    assert capsys.readouterr().out == ''
 
 
 def test_bfloat16_stays_near(flowers):

@@ -281,7 +281,8 @@ def pretrain(
 ) -> Run | None:  # None in all but the first of several processes
     "A whole run: check, load the images, train (or go on), write the run folder. A signal ends it as SystemExit."
     if isinstance(cfg, Config):  # what it changes of its preset
-        named = dict(preset=cfg.preset, **{k: v for k, v in asdict(cfg).items() if v != getattr(Config.of(cfg.preset), k)})
+        start = Config.of(cfg.preset)
+        named = {'preset': cfg.preset, **{k: v for k, v in asdict(cfg).items() if v != getattr(start, k)}}
     else: named = dict(preset=cfg) if cfg else {}
     cfg = settings({**named, **changes})
     group = Group.join(cfg.device)

@@ -161,7 +161,7 @@ class Trainer:
         for i, batch in enumerate(self.feed.batches(self.step), 1):
             with quiet(self.wrapped, last=i == self.accumulate):
                 with self.autocast(): part = self.forward(*batch) / self.accumulate
-                part = torch.where(part.isfinite(), part, part * float('nan'))  # so that its gradient is none either
+                part = part * torch.where(part.detach().isfinite(), 1., float('nan'))  # or its gradient may be finite
                 self.scaler.scale(part).backward()
             loss += part.detach()
         self.batch = batch
