@@ -91,7 +91,7 @@ def check_names(
 
 # %% ../nbs/63_cli.ipynb #6662aac6
 class Parser(argparse.ArgumentParser):
-    "An argument parser whose errors are one line that names the way out; exit code 2."
+    "An argument parser whose errors are one line that points to --help; exit code 2."
     flags = ()  # that an unknown one is compared with
 
     def parse_args(self, args=None, namespace=None):

@@ -23,6 +23,8 @@ def visible_count(
     patches = grid[0] * grid[1]
     if not 0 < ratio < 1:
         raise ValueError(f"ratio must lie between 0 and 1, both excluded, got {ratio!r}")
+    if patches == 1:
+        raise ValueError("a grid of one patch has nothing to hide: use a larger image or a smaller patch")
     visible = math.ceil((1 - ratio) * patches - 1e-6)
     if not 0 < visible < patches:
         raise ValueError(f"ratio {ratio!r} leaves {visible} of {patches} patches visible (grid {tuple(grid)}): "

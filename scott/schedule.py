@@ -35,7 +35,7 @@ def linear(
 def warmup_flat_cosine(
     step: int,          # the optimizer step, counted from 1
     total: int,         # optimizer steps of the whole run
-    warmup: int,        # steps of linear warm-up, less than total
+    warmup: float,      # steps of linear warm-up, less than total
     start: float,       # the value before the first step
     peak: float,        # the value at the end of the warm-up and along the plateau
     final: float,       # the value at step `total`

@@ -206,7 +206,7 @@ def test_on_cuda(sampler):
 @pytest.mark.parametrize('kwargs, named', [
     (dict(batch=0), 'batch'), (dict(batch=-3), 'batch'), (dict(batch=2.0), 'batch'),
     (dict(grid=14), 'grid'), (dict(grid=(14,)), 'grid'), (dict(grid=(14, 0)), 'grid'), (dict(grid=(-1, 14)), 'grid'),
-    (dict(grid=(14.0, 14)), 'grid'), (dict(grid=(2, 2, 2)), 'grid'), (dict(grid=(1, 1)), 'ratio'),
+    (dict(grid=(14.0, 14)), 'grid'), (dict(grid=(2, 2, 2)), 'grid'), (dict(grid=(1, 1)), 'a larger image or a smaller patch'),
     (dict(ratio=0), 'ratio'), (dict(ratio=1), 'ratio'), (dict(ratio=-.1), 'ratio'), (dict(ratio=60), 'ratio'),
     (dict(ratio=float('nan')), 'ratio'), (dict(ratio=0.005), '1/196'), (dict(ratio=1 - 1e-12), 'ratio'),
 ], ids=str)

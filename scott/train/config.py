@@ -96,7 +96,7 @@ class Config:
         preset: str = 'paper',  # the name of a preset
         **changes,  # any setting of this class
     ):
-        "A preset, then changes to it, checked. InputError for a name or a value that can't be."
+        "A preset, then changes to it, checked. InputError for a name or a value that is not allowed."
         check_names(cls, changes)
         for name in ('out', 'data_root'):
             if isinstance(changes.get(name), (str, Path)): changes[name] = os.path.expanduser(changes[name])

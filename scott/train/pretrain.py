@@ -37,7 +37,7 @@ SIDE = 256 / 224  # side of a decoded picture / side of the views
 def enough(
     labels: Tensor,  # (N,), -1 where there is none
 ) -> bool:
-    "Whether a k-NN can be asked: two classes or more, and one of them with an image to hold out (every fifth)."
+    "Whether a k-NN can be made: two classes or more, and one of them with an image to hold out (every fifth)."
     counts = labels[labels >= 0].bincount()
     return len(counts) > 1 and counts.max() > 4
 
@@ -60,7 +60,7 @@ class Journal:
     "The lines of metrics of a run: measured, judged, and appended to metrics.jsonl."
     def __init__(self,
         folder: Path,  # of the run
-        trainer: Trainer,  # of a `MIMJEPA`; its feed counts the seconds it was waited for
+        trainer: Trainer,  # of a `MIMJEPA`; its feed counts the seconds that the trainer waited for it
         cfg: Config,
         neighbors: Neighbors | None = None,  # for a quick k-NN
     ):
