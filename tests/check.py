@@ -49,7 +49,7 @@ def unchanged(command, folder, suffix):
 def quick():
     """What `make test` runs; what failed."""
     failed = unchanged('nbdev_export', 'scott', '.py') + unchanged('nbdev_clean', 'nbs', '.ipynb')
-    workers = str(max(1, os.cpu_count() - 1))  # one core is for the tests
+    workers = str(os.cpu_count())  # the tests run beside them
     steps = [('pages', [BIN/'nbdev_test', '--n_workers', workers, '--timing'], PAGES),
              ('tests', [*PYTEST, '-m', 'not slow'], TESTS)]
     with ThreadPoolExecutor() as pool:
