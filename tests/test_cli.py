@@ -138,7 +138,7 @@ def test_a_batch_larger_than_the_data_set(refused, place, tmp_path):
 
 @pytest.mark.parametrize('flags, words', [
     ('--img-size 60', ['60', 'multiple', '16', '48']),
-    ('--img-size 16', ['ratio', 'grid (1, 1)']),
+    ('--img-size 16', ['one patch', 'a larger image']),
     ('--preset huge', ['huge', 'demo', 'paper']),
     ('--epoch 3', ['--epoch is no flag', 'did you mean --epochs', '--help']),  # not even the beginning of a name
     ('--learning-rate 1', ['--learning-rate', '--help']),

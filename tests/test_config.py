@@ -167,7 +167,7 @@ def test_a_setting_that_is_gone_leaves_old_checkpoints_usable():
 
 @pytest.mark.parametrize('changes, words', [
     (dict(img_size=60), ['60', '16', '48']), (dict(embed_dim=30), ['30', 'multiple']), (dict(mask_ratio=1), ['ratio']),
-    (dict(img_size=16), ['grid (1, 1)'])], ids=str)
+    (dict(img_size=16), ['one patch', 'a larger image'])], ids=str)
 def test_settings_that_do_not_fit_together(changes, words):
     with pytest.raises(InputError) as e: build(Config.of('demo', **changes))
     assert all(word in str(e.value) for word in words)
