@@ -19,13 +19,14 @@ PIXELS = ROWS * 3 * SIDE ** 2                                 # bytes, five time
 
 SCRIPT = """
 import json, os, sys, threading
+from functools import partial
 from pathlib import Path
 import torch
 os.cpu_count = lambda: 2                                      # threads that decode: the same on every machine
 from scott.data.decode import read_cache, write_cache
-from scott.train.config import LEVERS, Config
 from scott.data.sets import ImageSet
-from scott.train.feed import Feed
+from scott.masking import uniform
+from scott.train.feed import Feed, TwoViews
 
 
 def private():
@@ -47,13 +48,13 @@ def grown(action):
 
 def read():
     "One epoch, as training reads it; how many different rows that were, and the sum of all pixels."
-    cfg = Config(preset='demo', data='petals', batch_size=batch, out='unused')
     data = ImageSet(images, torch.full((rows,), -1), torch.ones(rows), [], 'toy', False, [])
-    feed, seen, total = Feed(cfg, data, (4, 4), torch.device('cpu'), frozenset(LEVERS)), set(), 0
+    views = TwoViews(data.aspect, 32, partial(uniform, grid=(2, 2), ratio=.5), seed=0)
+    feed, seen, total = Feed(data, views, batch, 0, torch.device('cpu')), set(), 0
     for step in range(1, feed.per_epoch + 1):
-        pieces = feed.fetch(step)
-        seen.update(feed.rows(step).tolist())
-        total += sum(int(piece.numpy().sum(dtype='int64')) for piece in pieces)
+        chosen = feed.rows(step)
+        seen.update(chosen.tolist())
+        total += int(feed.pictures(chosen).numpy().sum(dtype='int64'))
     return len(seen), total
 
 
