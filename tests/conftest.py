@@ -43,6 +43,13 @@ def write_images(folder, count, size=32, classes=('a', 'b', 'c')):
     return folder
 
 
+def tensors(tree):
+    "Every tensor and number of a nested state, in order."
+    if isinstance(tree, dict): tree = [tree[k] for k in sorted(tree, key=str)]
+    if isinstance(tree, (list, tuple)): return [t for branch in tree for t in tensors(branch)]
+    return [torch.as_tensor(tree)] if isinstance(tree, (torch.Tensor, int, float)) else []
+
+
 @pytest.fixture
 def figure(request):
     "Call it with a promise and what was measured, after the assertions; see `pytest_sessionfinish`."

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import tensors, write_images
 from matplotlib.figure import Figure
 
 from scott.cli import InputError
@@ -91,13 +91,6 @@ def steps(training, n):
         training.trainer.train_step()
         losses.append(training.trainer.tally.read().loss)
     return losses
-
-
-def tensors(tree):
-    "Every tensor and number of a nested state, in order."
-    if isinstance(tree, dict): tree = [tree[k] for k in sorted(tree, key=str)]
-    if isinstance(tree, (list, tuple)): return [t for branch in tree for t in tensors(branch)]
-    return [torch.as_tensor(tree)] if isinstance(tree, (torch.Tensor, int, float)) else []
 
 
 def distance(a, b):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import tensors
 from torch import nn
 
 from scott.cli import InputError
@@ -69,13 +70,6 @@ def steps(trainer, n):
         trainer.train_step()
         losses.append(trainer.tally.read().loss)
     return losses
-
-
-def tensors(tree):
-    "Every tensor and number of a nested state, in order."
-    if isinstance(tree, dict): tree = [tree[k] for k in sorted(tree, key=str)]
-    if isinstance(tree, (list, tuple)): return [t for branch in tree for t in tensors(branch)]
-    return [torch.as_tensor(tree)] if isinstance(tree, (torch.Tensor, int, float)) else []
 
 
 def distance(a, b):
