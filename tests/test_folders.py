@@ -43,8 +43,8 @@ def refused(*args, **kwargs):
 
 # --- the walk
 
-HIDDEN = ('.DS_Store', '._00.png', '.ipynb_checkpoints/00-checkpoint.png', '__MACOSX/red/00.png', '@eaDir/00.png/thumb.jpg',
-          'Thumbs.db', 'desktop.ini', '.git/logo.png')
+HIDDEN = ('.DS_Store', '._00.png', '.ipynb_checkpoints/00-checkpoint.png', '__MACOSX/red/00.png',
+          '@eaDir/00.png/thumb.jpg', 'Thumbs.db', 'desktop.ini', '.git/logo.png')
 
 
 @pytest.mark.parametrize('name', HIDDEN)
@@ -122,7 +122,8 @@ def test_names_that_are_no_utf_8(tmp_path):
     data = load(f'folder:{tmp_path}', size=16, cache=tmp_path / '.cache')
     assert len(data) == 37 and data.summary.encode()
     with open(os.fsdecode(os.fsencode(tmp_path) + b'/red/\xff\xfe.png'), 'wb') as file: file.write(b'spoiled')
-    with pytest.raises(InputError, match=r'\\xff\\xfe.png') as error: load(f'folder:{tmp_path}', size=16, cache=tmp_path / '.c')
+    with pytest.raises(InputError, match=r'\\xff\\xfe.png') as error:
+        load(f'folder:{tmp_path}', size=16, cache=tmp_path / '.c')
     assert str(error.value).encode()
 
 
@@ -254,7 +255,8 @@ def listed(tmp_path, text, encoding='utf-8'):
 
 
 def test_a_list_gives_labels_to_a_part_of_a_pool(tmp_path):
-    pool, file = listed(tmp_path, 'file,label\n' + ''.join(f'{i}.png,{"ab"[i % 2]}\n' for i in range(10)) + 'sub\\x.png,a\n')
+    lines = ''.join(f'{i}.png,{"ab"[i % 2]}\n' for i in range(10))
+    pool, file = listed(tmp_path, f'file,label\n{lines}sub\\x.png,a\n')
     folder = read_folder(pool, file)
     assert folder.classes == ['a', 'b'] and folder.kinds.count('') == 10 and '10 without a label' in told(folder)
     assert folder.how == 'names'
