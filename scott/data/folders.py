@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OTHERS', 'HELD_OUT', 'PARTS', 'hidden', 'is_run', 'Found', 'kind_of', 'walk', 'without', 'held_out', 'Row',
-           'table_of', 'read_labels', 'given_parts', 'many', 'Folder', 'too_deep', 'classes_of', 'Placed', 'by_list',
-           'by_folders', 'read_folder', 'counted', 'left_out', 'told']
+           'table_of', 'read_labels', 'Placed', 'by_list', 'given_parts', 'many', 'too_deep', 'classes_of',
+           'by_folders', 'Folder', 'read_folder', 'counted', 'left_out', 'told']
 
 # %% ../../nbs/77_folders.ipynb #32833106
 from collections import Counter
@@ -171,6 +171,31 @@ def read_labels(
     return rows
 
 # %% ../../nbs/77_folders.ipynb #d9e2ec8d
+class Placed(NamedTuple):
+    "Where each picture belongs."
+    kinds: list   # its class, '' for none
+    given: list   # 'train', 'val' or 'test'; '' for none
+    how: str      # as in `Folder`
+    source: str
+
+
+def by_list(
+    labels,  # path of a list, see `read_labels`
+    names,   # of the pictures
+):
+    "`Placed` by a list of labels. Where it has no split, the names decide; without a label, a picture is for training."
+    rows = read_labels(labels, names)
+    listed = [rows.get(name, Row('', '')) for name in names]
+    kinds, given = [row.label for row in listed], [row.part for row in listed]
+    if not any(given):
+        given = ['test' if row.label and held_out(name) else 'train' for name, row in zip(names, listed)]
+        return Placed(kinds, given, 'names', 'by the hash of their names')
+    if 'train' not in given or len(set(given) - {''}) < 2:
+        missing = 'test or val' if 'train' in given else 'train'
+        raise InputError(f'--labels {shown(labels)}: its split has no {missing} line: add some, or remove the column')
+    return Placed(kinds, given, 'labels', f'as {shown(Path(labels).name)} gives them')
+
+# %% ../../nbs/77_folders.ipynb #d5de6e91
 def given_parts(
     tops,    # names of the top folders that hold pictures
     nested,  # whether each of them holds folders with pictures
@@ -192,7 +217,7 @@ def given_parts(
                          f'{where}/{shown(next(iter(parts)))}')
     return parts
 
-# %% ../../nbs/77_folders.ipynb #d5de6e91
+# %% ../../nbs/77_folders.ipynb #2c34bf1c
 def many(
     n,     # how many
     what,  # in the plural: 'run folders', 'links that lead nowhere'
@@ -204,23 +229,7 @@ def many(
         what = what[:-2] if what.endswith('classes') else what.removesuffix('s')
     return f'{n:,} {what}'
 
-# %% ../../nbs/77_folders.ipynb #2c34bf1c
-@dataclass
-class Folder:
-    "The pictures of a folder, with their classes and the split."
-    path: Path
-    found: Found
-    kinds: list   # class of each picture of `found`; '' for none
-    parts: list   # 'train' or 'test' for each
-    how: str      # 'given', 'labels' or 'names': where the split comes from
-    source: str   # the same in words
-
-    @property
-    def classes(self):
-        "Names of the classes, in order."
-        return sorted(set(self.kinds) - {''})
-
-
+# %% ../../nbs/77_folders.ipynb #30f47f35
 def too_deep(
     folder,   # a path
     names,    # of the pictures
@@ -247,31 +256,6 @@ def classes_of(
     return kinds
 
 
-class Placed(NamedTuple):
-    "Where each picture belongs."
-    kinds: list   # its class, '' for none
-    given: list   # 'train', 'val' or 'test'; '' for none
-    how: str      # as in `Folder`
-    source: str
-
-
-def by_list(
-    labels,  # path of a list, see `read_labels`
-    names,   # of the pictures
-):
-    "`Placed` by a list of labels. Where it has no split, the names decide; without a label, a picture is for training."
-    rows = read_labels(labels, names)
-    listed = [rows.get(name, Row('', '')) for name in names]
-    kinds, given = [row.label for row in listed], [row.part for row in listed]
-    if not any(given):
-        given = ['test' if row.label and held_out(name) else 'train' for name, row in zip(names, listed)]
-        return Placed(kinds, given, 'names', 'by the hash of their names')
-    if 'train' not in given or len(set(given) - {''}) < 2:
-        missing = 'test or val' if 'train' in given else 'train'
-        raise InputError(f'--labels {shown(labels)}: its split has no {missing} line: add some, or remove the column')
-    return Placed(kinds, given, 'labels', f'as {shown(Path(labels).name)} gives them')
-
-
 def by_folders(
     folder,  # a path
     names,   # of the pictures in it
@@ -289,6 +273,22 @@ def by_folders(
              for held in (False, True)]
     return Placed(classes_of(folder, [name.partition('/')[2] for name in names]),
                   [split[name.split('/')[0]] for name in names], 'given', f'{sides[0]} against {sides[1]}')
+
+# %% ../../nbs/77_folders.ipynb #d5f00510
+@dataclass
+class Folder:
+    "The pictures of a folder, with their classes and the split."
+    path: Path
+    found: Found
+    kinds: list   # class of each picture of `found`; '' for none
+    parts: list   # 'train' or 'test' for each
+    how: str      # 'given', 'labels' or 'names': where the split comes from
+    source: str   # the same in words
+
+    @property
+    def classes(self):
+        "Names of the classes, in order."
+        return sorted(set(self.kinds) - {''})
 
 
 def read_folder(
@@ -310,7 +310,7 @@ def read_folder(
                          f'{", ".join(map(shown, new[:5]))}; give it training images, or take it away')
     return Folder(folder, found, kinds, parts, how, source)
 
-# %% ../../nbs/77_folders.ipynb #d0380cfb
+# %% ../../nbs/77_folders.ipynb #2ed0d50a
 def counted(
     found,  # a `Found`
 ):
