@@ -18,7 +18,7 @@ from ..cli import InputError, checked
 from ..encoder import Encoder
 from ..jepa import MIMJEPA
 from .config import Config, build, differences, identity
-from .files import load_checkpoint, older_checkpoints, step_of, write_atomic, writing
+from .files import digest, load_checkpoint, older_checkpoints, step_of, write_atomic, writing
 
 # %% ../../nbs/66_run.ipynb #54a7a981
 def save_encoder(
@@ -57,7 +57,7 @@ def read_metrics(
     folder: str | Path,  # a run folder
 ) -> list:  # one dict per line of metrics.jsonl
     "The metrics of a run, in order; a last line that was cut is left out."
-    path = Path(folder) / 'metrics.jsonl'
+    path = Path(folder).expanduser() / 'metrics.jsonl'
     try:
         whole = path.read_text().rpartition('\n')[0] if path.is_file() else ''
         return [json.loads(line) for line in whole.splitlines()]
@@ -135,7 +135,10 @@ class Run:
         "The training state of a checkpoint; InputError if it is damaged or belongs to another run."
         state, path = load_checkpoint(self.folder, step), self.checkpoints.get(step, self.folder / 'checkpoint.pt')
         if 'identity' not in state: raise InputError(f'{path} was not written by scott_pretrain')
-        check_owner(path, state['identity'], identity(self.config))
+        there, here = state['identity'], identity(self.config)
+        if there.get('data') != here['data']: here['data'] = self.config.data  # until version 0.1 it had the path
+        if 'pictures' in there and self.pictures is not None: here['pictures'] = digest(self.pictures)
+        check_owner(path, there, here)
         return state
 
     def jepa(self, step: int | None = None) -> MIMJEPA:  # step of an older checkpoint; None = the last
