@@ -212,7 +212,7 @@ class Pretraining:
                              'start anew with a lower --lr')
         state = dict(self.trainer.state_dict(), identity=self.identity)
         write_checkpoint(self.folder, state, self.cfg.keep_checkpoints)
-        for name in ('context', 'target'): save_encoder(getattr(self.jepa, name), self.folder / name)
+        for name in ('context', 'target'): save_encoder(getattr(self.jepa, name), self.folder / name, state['step'])
         minute = time.monotonic() - self.drawn > 60
         if self.metrics and (minute or self.trainer.step == self.trainer.schedule.total):
             self.drawn = time.monotonic()
