@@ -98,9 +98,11 @@ def test_preset_then_changes(tmp_path):
 def test_places(monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
     for kind in (str, Path):
-        cfg = Config.of('demo', out=kind('~/run'), data_root=kind('~/data'))
-        assert (cfg.out, cfg.data_root) == (str(tmp_path / 'run'), str(tmp_path / 'data'))
+        cfg = Config.of('demo', out=kind('~/run'), data_root=kind('~/data'), labels=kind('~/photos.csv'))
+        expected = (str(tmp_path / name) for name in ('run', 'data', 'photos.csv'))
+        assert (cfg.out, cfg.data_root, cfg.labels) == tuple(expected)
     monkeypatch.chdir(tmp_path)
+    assert Config.of(labels='photos.csv').labels == str(tmp_path / 'photos.csv') and Config.of().labels is None
     assert Config.of(data='folder:photos').data == f'folder:{tmp_path.resolve() / "photos"}'
     assert Config.of(data='folder:~/photos').data == f'folder:{tmp_path.resolve() / "photos"}'
     assert Config.of(out='').out == ''  # not the present folder
@@ -137,13 +139,21 @@ def test_stored_runs_are_read(folder):
 
 def test_what_is_free():
     assert FREE == {'accumulate', 'checkpoint_minutes', 'compile', 'data_root', 'device', 'keep_checkpoints', 'knn_every',
-                    'on_nan', 'out', 'resume'}
+                    'labels', 'on_nan', 'out', 'resume'}
     one = Config.of('demo')
     for f in fields(Config):
         if f.name == 'preset': continue
         value = 'other' if f.metadata['type'] is str else not f.default if f.metadata['type'] is bool else f.default + 1
         other = dataclasses.replace(one, **{f.name: value})
         assert bool(differences(identity(one), identity(other))) is (f.name not in FREE), f.name
+
+
+def test_where_pictures_lie_is_no_part_of_a_run():
+    one, other, petals = (identity(Config.of('demo', data=d)) for d in ('folder:/a', 'folder:/b/c', 'petals'))
+    assert one == other and one['data'] == 'folder:' and differences(one, other) == []
+    assert differences({**one, 'data': 'folder:/a'}, one) == []  # as version 0.1 stored it
+    assert differences({**one, 'data': 'folder:/a'}, petals) == ["data is 'folder:' there and 'petals' here"]
+    assert differences(petals, one) == ["data is 'petals' there and 'folder:' here"]
 
 
 def test_a_new_setting_leaves_old_checkpoints_usable(monkeypatch):

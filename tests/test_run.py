@@ -142,6 +142,16 @@ def test_a_home_folder_is_found(mine, monkeypatch):
     assert Run('~/mine').step == 45
 
 
+def test_the_pictures_of_a_run(mine):
+    assert Run(mine).pictures is None  # as an earlier version left it
+    hashes = [f'{i:016x}' for i in range(100)]
+    (mine/'pictures.txt').write_text('\n'.join(hashes) + '\n')
+    assert Run(mine).pictures == hashes
+    for content in (b'', b'\n'.join(h.encode() for h in hashes[:99]), b'\xff\xfe'):
+        (mine/'pictures.txt').write_bytes(content)
+        one_line(lambda: Run(mine).pictures, mine/'pictures.txt', 'is damaged', 'restore it')
+
+
 # --- earlier layouts
 
 def test_a_former_run_is_read(former):

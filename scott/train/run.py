@@ -104,6 +104,16 @@ class Run:
         "A dict for each line of metrics.jsonl, in order."
         return read_metrics(self.folder)
 
+    @cached_property
+    def pictures(self) -> list | None:  # 16 hexadecimal digits each; None if an earlier version made the run
+        "A hash of each picture that it learns from, in its order."
+        path = self.folder / 'pictures.txt'
+        try: found = path.read_text().split() if path.is_file() else None
+        except (OSError, ValueError) as e: raise InputError(f'{path} is damaged ({e}): restore it') from e
+        if found is not None and len(found) != self.stored['images']:
+            raise InputError(f'{path} is damaged ({len(found)} of {self.stored["images"]} lines): restore it')
+        return found
+
     @property
     def step(self) -> int:
         "The step of the stored weights; without a readable checkpoint, that of the last line of metrics."
