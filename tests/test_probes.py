@@ -1,8 +1,11 @@
 """scott_probe from end to end on a folder of drawn flowers: the table, its JSON, leaks, interruptions and bad input."""
 import json
 import os
+import shlex
+import shutil
 import signal
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,6 +186,36 @@ def test_copies_of_training_images_are_counted():
     said = features.learned_from(run, 'folder:/run', splits('abcd', 'def'))
     assert said.startswith('transductive: pre-trained on 1 of the 3 test images')
     assert said.endswith('; 1 of these test images are copies of training images')
+
+
+def seen(run, **flags):
+    "The second line of a short table."
+    return judge(run, probes='knn', seeds=1, **flags)['learned_from']
+
+
+def test_moved_folders_added_files_and_parts_of_a_pool(run, data, tmp_path):
+    "The same pictures under whatever name; others under the same name."
+    train, test = (load(f'folder:{data}', split, 32) for split in ('train', 'test'))
+    n, m = len(train), len(test)
+    saw(run, train.hashes)
+    inductive = f'inductive: pre-trained on {n} of the {n} training images, and on none of the {m} test images'
+    assert seen(run) == inductive
+    assert seen(run, data=f'folder:{shutil.copytree(data, tmp_path / "moved")}') == inductive
+    write_images(data, 60)  # 45 of them as they were
+    assert seen(run).startswith(f'inductive: pre-trained on {n} of the ')
+    other = write_images(tmp_path / 'other', 24, size=40)
+    assert seen(run, data=f'folder:{other}').startswith(f'transfer: pre-trained on {n} other images')
+    saw(run, load(f'folder:{data}').hashes)
+    pool = tmp_path / 'pool'  # the labeled part of what was trained on, without class folders
+    pool.mkdir()
+    lines = ['file,label', *(f'{path.name},{path.parent.name}' for path in sorted(data.rglob('*.png'))[::2])]
+    for path in data.rglob('*.png'): shutil.copy(path, pool)
+    (tmp_path / 'labels.csv').write_text('\n'.join(lines))
+    found = judge(run, probes='knn', seeds=1, data=f'folder:{pool}', labels=str(tmp_path / 'labels.csv'))
+    assert found['unlabeled'] == 30 and found['train_images'] + found['test_images'] == 30
+    k = found['test_images']
+    assert found['learned_from'].startswith(f'transductive: pre-trained on {k} of the {k} test images, without labels')
+    assert '; 30 images without label left out;' in report.table(found).splitlines()[0]
 
 
 @pytest.mark.parametrize('stored, data, says', [
@@ -506,6 +539,64 @@ def test_fine_tuning_for_another_time_is_another_row(run, capsys):
     assert tuned() == [('context', 2), ('target', 2)]
 
 
+def test_rows_of_whole_networks_belong_to_their_images(run, data):
+    "Other training images under the old names: trained anew. Other test images: tested anew, not trained. Moved: neither."
+    def row(where=data): return judge(run, data=f'folder:{where}', probes='supervised')['rows'][1]
+    train, test = (load(f'folder:{data}', split, 32).names for split in ('train', 'test'))
+    first = row()
+    Path(test[0]).write_bytes(Path(test[-1]).read_bytes())
+    tested = row()
+    assert tested['tested_on'] != first['tested_on'] and tested['curve'] == first['curve'] and tested['steps_here'] == 0
+    Path(train[0]).write_bytes(Path(train[-1]).read_bytes())
+    trained = row()
+    assert trained['identity']['data'] != first['identity']['data'] and trained['steps_here'] == 15
+    assert row(shutil.copytree(data, data.parent / 'moved')) == json.loads(json.dumps(trained))
+
+
+def test_rows_of_other_images_are_not_in_one_table(run, data, capsys):
+    "The same folder, as many images of the same names; but one of them is another picture."
+    report.main([str(run), '--probes', 'linear', '--seeds', '1'])
+    one, other, *_ = sorted((data / 'a').iterdir())
+    one.write_bytes(other.read_bytes())
+    report.main([str(run), '--probes', 'knn', '--seeds', '1'])
+    assert {r['probe'] for r in Run(run).table()['rows']} == {'knn'}
+
+
+def test_tables_of_the_earlier_split_are_named_and_not_used(run, data, capsys):
+    "Neither its own, whatever its name is; another folder's and a data set's with a name are left alone."
+    report.main([str(run), '--probes', 'linear', '--seeds', '1'])
+    old = json.loads(table_of(run).read_text())
+    del old['how_split'], old['pictures']
+    for path in (table_of(run), run / 'probe_flowers.json'): path.write_text(json.dumps(old))
+    (run / 'probe_other.json').write_text(json.dumps({**old, 'data': 'folder:/other'}))
+    (run / 'probe_flowers102.json').write_text(json.dumps({**old, 'data': 'flowers102'}))
+    (run / 'probe_half.json').write_text('{"data"')
+    capsys.readouterr()
+    report.main([str(run), '--probes', 'knn', '--seeds', '1'])
+    said = [line for line in capsys.readouterr().out.splitlines() if 'earlier split' in line]
+    assert len(said) == 2 and 'run scott_probe again' in said[0] and said[1].startswith('probe_flowers.json was made')
+    assert {r['probe'] for r in json.loads(table_of(run).read_text())['rows']} == {'knn'}
+    assert json.loads((run / 'probe_flowers.json').read_text()) == old
+
+
+def test_two_folders_of_one_name_keep_both_tables(run, tmp_path, capsys):
+    for site in ('site1', 'site2'):
+        data = write_images(tmp_path / site / 'images', 30 if site == 'site1' else 45)
+        report.main([str(run), '--data', f'folder:{data}', '--probes', 'knn', '--seeds', '1'])
+    found = [json.loads(p.read_text())['data'] for p in run.glob('probe_images-??????.json')]
+    assert sorted(found) == [f'folder:{tmp_path}/{site}/images' for site in ('site1', 'site2')]
+
+
+def test_the_command_for_a_missing_row_can_be_followed(run, data, capsys):
+    "It has the flags that choose the images; here without them it would fail."
+    (data / 'a' / 'broken.png').write_bytes(b'no picture')
+    other = shutil.copytree(data, data.parent / 'my photos')
+    report.main([str(run), '--data', f'folder:{other}', '--on-bad-image', 'skip', '--amp', 'off', '--probes', 'knn'])
+    line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith('supervised from scratch'))
+    report.main(shlex.split(line.partition('budget: scott_probe ')[2]))
+    assert 'not run yet' not in capsys.readouterr().out
+
+
 def test_a_second_call_adds_rows_and_another_step_replaces_them(run, capsys):
     def rows(): return {(r['probe'], r['encoder']) for r in Run(run).table()['rows']}
     report.main([str(run), '--probes', 'linear'])
@@ -557,7 +648,7 @@ def test_rows_that_were_stored_before_are_found_again(tmp_path, monkeypatch):
     folders = []
     for row in kept:
         who = row['identity']
-        judge = SimpleNamespace(trained=trained, squashed=None, train=images, test=SimpleNamespace(names=[]),
+        judge = SimpleNamespace(trained=trained, squashed=None, train=images, test=SimpleNamespace(names=[], hashes=[], labels=None),
                                 encoders={row['encoder']: encoder}, run=SimpleNamespace(folder=tmp_path),
                                 place=finetune.Place(torch.device('cpu'), torch.bfloat16),
                                 options=SimpleNamespace(seed=who['seed']))
@@ -601,6 +692,17 @@ def test_a_training_for_other_labels_is_another(run, data):
     assert (first['identity']['classes'], other['identity']['classes']) == (3, 4) and other['curve'] != first['curve']
 
 
+def test_a_log_file_shows_life(run, monkeypatch, capsys):
+    "Where stderr is no terminal: plain lines, now and then, and no carriage return."
+    report.main([str(run), '--probes', 'knn', '--seeds', '1'])
+    assert capsys.readouterr().err == ''  # it was fast
+    monkeypatch.setattr(report, 'lively', partial(report.lively, seconds=0))
+    report.main([str(run), '--probes', 'knn', '--seeds', '1'])
+    err = capsys.readouterr().err
+    assert '\r' not in err and [line.split(': ')[1] for line in err.splitlines()] == [
+        'knn, raw pixels', 'knn, random initialization', 'knn, context', 'knn, target']
+
+
 # Bad input
 
 def test_bad_flags(run, capsys):
@@ -615,6 +717,24 @@ def test_bad_flags(run, capsys):
     assert 'nowhere' in fails(capsys, run, '--data', 'nowhere')
     assert 'no/such' in fails(capsys, run, '--data', 'folder:no/such')
     assert 'out.json' in fails(capsys, run, '--probes', 'knn', '--json', run / 'no' / 'out.json')
+
+
+def test_the_home_folder_in_every_path(run, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    report.main(['~/run', '--json=~/copy.json', '--data', 'folder:~/flowers', '--probes', 'knn', '--seeds', '1'])
+    assert json.loads((tmp_path / 'copy.json').read_text()) == json.loads(table_of(run).read_text())
+    assert not list(tmp_path.glob('~*'))
+
+
+def test_a_broken_image_and_the_flag_that_the_message_names(run, data, capsys):
+    "The run stopped at broken images; now one has come."
+    (data / 'a' / 'broken.png').write_bytes(b'no picture')
+    assert '--on-bad-image skip' in fails(capsys, run, '--probes', 'knn')
+    report.main([str(run), '--probes', 'knn', '--seeds', '1', '--on-bad-image', 'skip'])
+    assert 'left out' in capsys.readouterr().out
+    report.main([str(run), '--probes', 'linear', '--seeds', '1', '--on-bad-image', 'skip'])
+    assert {r['probe'] for r in json.loads(table_of(run).read_text())['rows']} == {'knn', 'linear'}
 
 
 def test_bad_run_folders(run, tmp_path, capsys):
