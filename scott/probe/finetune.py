@@ -198,18 +198,18 @@ class Training:
         sound(self.trainer, self.folder)
         write_checkpoint(self.folder, dict(self.trainer.state_dict(), curve=self.curve), keep=1)
 
-    def log(self, line: Line):
+    def log(self, line: Line) -> str:  # shown beside the progress
         "Add an epoch to the curve."
         counts = sound(self.trainer, self.folder)
         self.curve.append(dict(epoch=self.trainer.step // self.per_epoch, loss=counts.loss,
                                train_top1=100 * self.labeled.right.item() / self.per_epoch))
         self.trainer.tally.reset()
         self.labeled.right.zero_()
+        return f'loss {counts.loss:.2f}'
 
     def fit(self) -> list:  # a dict per epoch: epoch, loss, train_top1
         "Train to the end. A signal saves a checkpoint and ends it as SystemExit."
-        show = sys.stderr.isatty()  # no bar in a log file
-        stop = fit(self.trainer, self.log, self.per_epoch, self.save, show=show)
+        stop = fit(self.trainer, self.log, self.per_epoch, self.save)
         if stop.name: sys.exit(stop.code)
         return self.curve
 
