@@ -378,7 +378,8 @@ def test_a_message_names_flags_that_its_command_has(modules, commands):
     found = {flag: path.name for path in (ROOT / 'scott').glob(modules) for flag in flags_in(path)}
     assert found
     for command in commands:
-        known = {'--' + f.name.replace('_', '-') for f in dataclasses.fields(options_of(importlib.import_module(COMMANDS[command])))}
+        settings = dataclasses.fields(options_of(importlib.import_module(COMMANDS[command])))
+        known = {'--' + f.name.replace('_', '-') for f in settings}
         assert not {flag: where for flag, where in found.items() if flag not in known}, command
 
 

@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from conftest import write_images
 from PIL import Image
 
 from scott.look import gallery as gallery_module
-from scott.look.gallery import CAPTIONS, SAMPLE, Options, check_options, draw, draw_sample, main, page
+from scott.look.gallery import CAPTIONS, SAMPLE, Options, check_options, draw, draw_sample, main, map_picture, page, png
 from scott.probe.features import source
 from scott.train.config import Config, build, identity
 from scott.train.files import write_checkpoint
@@ -132,7 +133,7 @@ def test_other_data_registers_and_few_images(place, tmp_path, capsys):
     run = write_run(tmp_path / 'run', reg_tokens=2, mask='multiblock', tokenizer='patch')
     main([str(run), '--data', f'folder:{place}/images/a', '--images', '1'])  # 4 test images, without labels
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[0].startswith('left out: the map: no image has a label: use a sub-folder per class')
+    assert len(lines) == 2 and lines[0].startswith('left out: the map: no image has a label: use a sub-folder per ')
     assert '--labels' in lines[0]
     text = (run / 'gallery' / 'gallery.html').read_text()
     assert f'the run was trained on folder:{tmp_path}/images' in text
@@ -149,9 +150,19 @@ def test_a_part_of_the_images_has_labels(place, monkeypatch):
     monkeypatch.setattr(gallery_module, 'load', some)
     pictures = draw(Options(str(place / 'run'), images=2)).pictures
     n = len(load(**source(Options('x'), Run(place / 'run').config), split='test', size=64, fit='center'))
-    assert list(pictures) == ALL and pictures['map'].title == f'A map of the test images, {-(-n // 6)} without label left out'
+    assert list(pictures) == ALL
+    assert pictures['map'].title == f'A map of the test images, {-(-n // 6)} without label left out'
     points = sum(len(c.get_offsets()) for c in pictures['map'].figure.axes[0].collections)
     assert points == n + -n // 6
+
+
+def test_classes_of_any_name_are_drawn():
+    "Dollars are mathematics for matplotlib, an underscore hides a label, bytes that are no UTF-8 end it."
+    points = dict(trained=torch.randn(12, 8, generator=torch.Generator().manual_seed(0)))
+    names = ['a $x_$ b', '_x', os.fsdecode(b'\xff')]
+    figure = map_picture(points, torch.arange(12) % 3, names, 0).figure
+    assert png(figure)[:4] == b'\x89PNG'
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [r'a \$x_\$ b', ' _x', r'\xff']
 
 
 def test_a_broken_image_and_the_flag_that_the_message_names(place, tmp_path, capsys):

@@ -135,7 +135,8 @@ def map_picture(
         raise InputError('no image has a label: use a sub-folder per class, or name a CSV file with --labels')
     n, bare = int(known.sum()), int((~known).sum())
     if n < 10: raise InputError(f'{n} test images with a label make none, 10 are needed')
-    figure = map_figure({name: m[known] for name, m in means.items()}, labels[known], classes, seed)
+    names = [(' ' * c.startswith('_') + shown(c)).replace('$', r'\$') for c in classes]  # both mean something in a plot
+    figure = map_figure({name: m[known] for name, m in means.items()}, labels[known], names, seed)
     return Picture('A map of the test images' + f', {bare} without label left out' * (bare > 0), figure)
 
 # %% ../../nbs/75_gallery.ipynb #dd5876fb
@@ -253,7 +254,7 @@ def describe(run, data, options, step, read, left_out):
     elsewhere = '' if same else f'; the run was trained on {cfg.data}'
     log = run.metrics  # goes on after the last save, whose weights are drawn
     bound = f'at most {log[-1]["step"]:,}, the last of metrics.jsonl' if log else 'unknown (no metrics.jsonl)'
-    facts = {'run': run.folder.resolve().name, 'data': shown(f'{data.name}, test split{elsewhere}'),
+    facts = {'run': shown(run.folder.resolve().name), 'data': shown(f'{data.name}, test split{elsewhere}'),
              'step': f'{step:,}' if step else bound, 'image size': f'{cfg.img_size} px', 'seed': options.seed,
              'images': f'{options.images} shown, {read} read for means, fits and map, of {len(data):,}',
              'columns': f'random: the state this run began with (its seed was {cfg.seed}); trained: its target encoder'}
@@ -273,7 +274,7 @@ def gallery(
         out.mkdir(parents=True, exist_ok=True)
         for name, data in files.items(): write_atomic(out / name, lambda part: part.write_bytes(data))
     except OSError as e: raise InputError(f'{out}: {e.strerror}: name a folder that can be written with --out') from e
-    return [*(f'left out: {facts[k]}' for k in facts if k == 'left out'), str(out / 'gallery.html')]
+    return [*(f'left out: {facts[k]}' for k in facts if k == 'left out'), shown(out / 'gallery.html')]
 
 # %% ../../nbs/75_gallery.ipynb #42beb3c9
 def main(

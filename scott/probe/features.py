@@ -170,7 +170,7 @@ def duplicates(
     for data in (train, test):
         prints = data.prints or [fingerprint(image.contiguous().numpy()) for image in data.images]
         for name, label, seen in zip(data.names, data.labels.tolist(), prints):
-            own = f'{data.classes[label]}/{shown(Path(name).name)}', label, data
+            own = shown(f'{data.classes[label]}/{Path(name).name}'), label, data
             earlier = first.setdefault(seen, own)
             if earlier is not own:
                 found.append(Twins(earlier[0], own[0], earlier[2] is not data, earlier[1] != label))
@@ -223,15 +223,16 @@ def load_labeled(
     whole = [load(name, split, size, 'center', root=root, on_bad_image=on_bad_image, labels=labels)
              for split in ('train', 'test')]
     if not any((part.labels >= 0).any() for part in whole):
-        raise InputError(f'{name}: no image has a label: use a sub-folder per class, or name a CSV file with --labels')
+        raise InputError(f'{shown(name)}: no image has a label: use a sub-folder per class, or name a CSV file with '
+                         '--labels')
     train, test = map(with_labels, whole)
     if len(train.classes) < 2 or not len(test):
-        raise InputError(f'{name}: {len(train.classes)} classes and {len(test)} test images with a label: '
+        raise InputError(f'{shown(name)}: {len(train.classes)} classes and {len(test)} test images with a label: '
                          'a probe needs two classes or more, and a test image')
     counts = train.labels.bincount(minlength=len(train.classes)).tolist()
-    few = [f'{c} ({n})' for c, n in zip(train.classes, counts) if n < 2]
-    if few: raise InputError(f'{name}: too few training images in class {", ".join(few)}: two or more are needed; '
-                             'add images, or take these classes out')
+    few = [f'{shown(c)} ({n})' for c, n in zip(train.classes, counts) if n < 2]
+    if few: raise InputError(f'{shown(name)}: too few training images in class {", ".join(few)}: two or more are '
+                             'needed; add images, or take these classes out')
     return Splits(train, test, sum(map(len, whole)) - len(train) - len(test))
 
 # %% ../../nbs/72_features.ipynb #8daeffcc
@@ -242,7 +243,7 @@ def told_by_names(
     "What an earlier run has seen of a probe's images: known for data sets with names alone, not for folders."
     if stored['data'].startswith('folder:') or data.startswith('folder:'):
         return ('unknown: this run kept no list of its images (an earlier version made it), so nothing tells whether '
-                f'it has seen the test images of {data}')
+                f'it has seen the test images of {shown(data)}')
     if stored['data'] != data: return f'transfer: pre-trained on {stored["data"]}'
     if stored.get('contains_test_images', stored.get('ssl_split', 'all') == 'all'):
         return 'transductive: pre-trained on all images, those of the test split included, without labels'
@@ -263,8 +264,8 @@ def learned_from(
         return (f'transductive: pre-trained on {len(test):,} of the {len(splits.test):,} test images, without labels, '
                 f'and on {train}' + f'; {copies:,} of these test images are copies of training images' * bool(copies))
     if known & seen: return f'inductive: pre-trained on {train}, and on none of the {len(splits.test):,} test images'
-    return (f'transfer: pre-trained on {len(run.pictures):,} other images ({run.stored["data"]}), on none of the '
-            f'{len(splits.train):,} training and {len(splits.test):,} test images')
+    return (f'transfer: pre-trained on {len(run.pictures):,} other images ({shown(run.stored["data"])}), on none of '
+            f'the {len(splits.train):,} training and {len(splits.test):,} test images')
 
 # %% ../../nbs/72_features.ipynb #c9d569c5
 def pixel_features(

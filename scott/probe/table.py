@@ -176,7 +176,7 @@ def missing(
     kept = 'data data_root labels on_bad_image seed device amp'.split()
     given = [(flag(k), str(getattr(options, k))) for k in kept if getattr(options, k) != getattr(Options, k)]
     words = ['scott_probe', options.run, *sum(given, ()), '--probes', 'supervised']
-    return [f'supervised from scratch: not run yet for this budget: {shlex.join(words)}']
+    return [f'supervised from scratch: not run yet for this budget: {shown(shlex.join(words))}']
 
 # %% ../../nbs/74_table.ipynb #7c52dfb7
 def all_rows(judge: Judge):
@@ -237,8 +237,8 @@ def twins_line(
     across = sum(pair.splits for pair in pairs)
     named = [f'{a} = {b}' + ' (training and test)' * splits + ' (two classes)' * classes
              for a, b, splits, classes in pairs[:8]]
-    return (f'{len(pairs)} pairs of images have the same pixels' + f', {across} of them across the splits' * bool(across)
-            + f': {", ".join(named)}' + ', …' * (len(pairs) > 8))
+    count = f'{len(pairs)} pairs of images have the same pixels' + f', {across} of them across the splits' * bool(across)
+    return f'{count}: {", ".join(named)}' + ', …' * (len(pairs) > 8)
 
 def table(
     report: dict,  # from `probe`
