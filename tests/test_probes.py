@@ -654,7 +654,8 @@ def test_rows_that_were_stored_before_are_found_again(tmp_path, monkeypatch):
     for row in kept:
         who = row['identity']
         test = SimpleNamespace(names=[], hashes=[], labels=None)
-        judge = SimpleNamespace(trained=trained, squashed=None, train=images, test=test, encoders={row['encoder']: encoder}, run=SimpleNamespace(folder=tmp_path),
+        judge = SimpleNamespace(trained=trained, squashed=None, train=images, test=test,
+                                encoders={row['encoder']: encoder}, run=SimpleNamespace(folder=tmp_path),
                                 place=finetune.Place(torch.device('cpu'), torch.bfloat16),
                                 options=SimpleNamespace(seed=who['seed']))
         def named(state): return who['start'] if 'classify.bias' in state else digest(state)  # weights, or an identity
