@@ -152,7 +152,7 @@ def test_where_pictures_lie_is_no_part_of_a_run():
     one, other, petals = (identity(Config.of('demo', data=d)) for d in ('folder:/a', 'folder:/b/c', 'petals'))
     assert one == other and one['data'] == 'folder:' and differences(one, other) == []
     assert differences({**one, 'data': 'folder:/a'}, one) == []  # as version 0.1 stored it
-    assert differences({**one, 'data': 'folder:/a'}, petals) == ["data is 'folder:' there and 'petals' here"]
+    assert differences({**one, 'data': 'folder:/a'}, petals) == ["data is 'folder:/a' there and 'petals' here"]
     assert differences(petals, one) == ["data is 'petals' there and 'folder:' here"]
 
 

@@ -243,10 +243,199 @@ def test_settings_from_python_and_a_resume_that_contradicts(again, data):
 
 
 def test_another_data_set_is_refused(again, monkeypatch):
-    monkeypatch.setattr(module, 'load', lambda *_, **__: flowers())
-    with pytest.raises(InputError, match='images is 32 there and 35 here'): pretrain(out=again, resume=True)
+    with monkeypatch.context() as m:
+        m.setattr(module, 'load', lambda *_, **__: flowers())
+        with pytest.raises(InputError, match='32 gone'): pretrain(out=again, resume=True)
+        (again / 'pictures.txt').unlink()  # as an earlier version left it
+        with pytest.raises(InputError, match='images is 32 there and 35 here'): pretrain(out=again, resume=True)
     write_checkpoint(again, dict(step=1))
     with pytest.raises(InputError, match='was not written by scott_pretrain'): pretrain(out=again, resume=True)
+
+
+@pytest.mark.parametrize('changes, named', [
+    (dict(batch_size=16), 'batch_size is 8 there and 16 here'),  # the value of the preset
+    (dict(mask='blockwise'), "mask is 'uniform' there and 'blockwise' here")])
+def test_a_whole_config_is_compared_as_a_whole(again, data, changes, named):
+    cfg = Config.of('demo', **{**TOY, **changes}, data=data, out=str(again))
+    with pytest.raises(InputError, match=named): pretrain(cfg, resume=True)
+    assert pretrain(Config.of('demo', **TOY, data=data, out=str(again)), resume=True).step == 20
+
+
+def test_a_new_run_from_a_config_and_changes(data, tmp_path):
+    "What follows from a change still follows: the warm-up is half of the epochs."
+    cfg = Config.of('demo', **{k: v for k, v in TOY.items() if k != 'warmup_epochs'}, data=data)
+    run = pretrain(cfg, epochs=1, out=tmp_path / 'run')
+    assert (run.config.epochs, run.config.warmup_epochs, run.step) == (1, 0, 4)
+
+
+# --- the same pictures
+
+def refused(*words, preset=None, **settings):
+    "One line that names all of this; nothing is changed."
+    def files(): return {p: p.read_bytes() for p in settings['out'].rglob('*') if p.is_file() and p.name != '.lock'}
+    before = files()
+    with pytest.raises(InputError) as e: pretrain(preset, **settings)
+    assert '\n' not in str(e.value) and all(str(word) in str(e.value) for word in words), str(e.value)
+    assert files() == before
+
+
+@pytest.fixture
+def halted(data, tmp_path, monkeypatch):
+    "A run of 7 of 20 steps, and a folder of its own with its pictures."
+    run, photos = tmp_path / 'run', Path(shutil.copytree(data[7:], tmp_path / 'photos'))
+    def cut(): raise PowerCut
+    with monkeypatch.context() as m, pytest.raises(PowerCut):
+        at_step(m, 8, cut)
+        pretrain('demo', **TOY, data=f'folder:{photos}', out=run, checkpoint_minutes=0)
+    return run, photos
+
+
+def test_moved_pictures_are_the_same_run_bit_for_bit(halted, straight, tmp_path):
+    run, photos = halted
+    moved = photos.rename(tmp_path / 'disk')
+    refused(f'folder:{photos}: there is no such folder any more', '--data folder:NEW', out=run, resume=True)
+    refused('there is no such folder', out=run, resume=True, data=f'folder:{tmp_path / "nowhere"}')
+    assert pretrain(out=run, resume=True, data=f'folder:{moved}').step == 20
+    assert same(run, straight) and Run(run).config.data == Run(run).stored['data'] == f'folder:{moved}'
+    assert pretrain(out=run, resume=True).step == 20  # it knows where they are
+    main(['--out', str(run), '--resume', '--data', f'folder:{moved}'])
+
+
+def rename(a, b): a.rename(a.with_name(b))
+
+CHANGED = {
+    'one more': (lambda p: shutil.copy(p / 'a' / '000.png', p / 'a' / '999.png'), ['1 new.']),
+    'one less': (lambda p: (p / 'b' / '001.png').unlink(), ['1 gone.']),
+    'one replaced': (lambda p: (p / 'a' / '002.png').write_bytes((p / 'b' / '001.png').read_bytes()), ['1 new, 1 gone']),
+    'renamed': (lambda p: rename(p / 'a' / '000.png', '999.png'), ['the same ones in another order'])}
+
+@pytest.mark.parametrize('change', CHANGED)
+def test_changed_pictures_are_refused_with_their_number(halted, change):
+    run, photos = halted
+    act, words = CHANGED[change]
+    act(photos)
+    for settings in ({}, dict(data=f'folder:{photos}')):
+        refused('not the 32 pictures', *words, '--data folder:PATH', 'another --out', out=run, resume=True, **settings)
+
+
+def test_new_names_in_the_same_order_are_the_same_pictures(halted, straight):
+    run, photos = halted
+    for path in sorted(photos.rglob('*.png')): rename(path, f'x{path.name}')
+    rename(photos / 'a', 'c0')
+    rename(photos / 'b', 'c1')
+    pretrain(out=run, resume=True)
+    assert same(run, straight)
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_it_was(halted, straight, tmp_path):
+    run, photos = halted
+    (run / 'pictures.txt').unlink()
+    state = load_checkpoint(run)
+    there = {k: v for k, v in state['identity'].items() if k != 'pictures'}
+    elsewhere = {**there, 'data': 'folder:/elsewhere'}
+    write_checkpoint(run, {**state, 'identity': elsewhere}, keep=1)
+    refused("data is 'folder:/elsewhere' there", 'another run', out=run, resume=True)
+    write_checkpoint(run, {**state, 'identity': {**there, 'data': f'folder:{photos}'}}, keep=1)  # with its path
+    assert Run(run).checkpoint()['step'] == 7 and Run(run).jepa() is not None
+    moved = Path(shutil.copytree(photos, tmp_path / 'disk'))
+    refused('earlier version', f'put them back into {photos}', out=run, resume=True, data=f'folder:{moved}')
+    assert pretrain(out=run, resume=True).step == 20
+    assert same(run, straight) and Run(run).pictures is None
+    shutil.rmtree(photos)
+    refused('earlier version', f'put them back into {photos}', out=run, resume=True)
+
+
+def test_a_training_split_of_an_earlier_version_is_not_gone_on_with(data, tmp_path):
+    run = pretrain('demo', **{**TOY, 'epochs': 1, 'warmup_epochs': 0}, data=data, ssl_split='train', out=tmp_path / 'run')
+    assert pretrain(out=run.folder, resume=True).step == 3
+    (run.folder / 'pictures.txt').unlink()
+    refused('earlier version', 'start a new run', out=run.folder, resume=True)
+
+
+def test_the_checkpoint_of_a_run_with_other_pictures_is_refused(again, data, tmp_path):
+    photos = Path(shutil.copytree(data[7:], tmp_path / 'photos'))
+    shutil.copy(photos / 'b' / '001.png', photos / 'a' / '002.png')
+    other = pretrain('demo', **TOY, data=f'folder:{photos}', out=tmp_path / 'other').folder
+    shutil.copy(other / 'checkpoint.pt', again / 'checkpoint.pt')
+    refused('another run', 'pictures is', out=again, resume=True)
+    with pytest.raises(InputError, match='of another run'): Run(again).jepa()
+
+
+# --- what was taken is told, and written down
+
+def test_what_was_taken_is_told_once_before_the_first_step(data, tmp_path, monkeypatch, capsys):
+    seen = []
+    at_step(monkeypatch, 2, lambda: seen.append(capsys.readouterr().out.splitlines()))
+    run = pretrain('demo', **{**TOY, 'epochs': 1, 'warmup_epochs': 0}, data=data, out=tmp_path / 'run')
+    loaded = module.load(data, 'all', round(32 * module.SIDE))
+    assert loaded.summary and seen[0].count(loaded.summary) == 1 and loaded.summary not in capsys.readouterr().out
+    assert run.stored['pictures'] == loaded.summary and run.stored['how_split'] == loaded.how_split
+    assert run.pictures == loaded.hashes and len(run.pictures) == 32
+    assert (run.folder / 'pictures.txt').read_text() == ''.join(h + '\n' for h in loaded.hashes)
+
+
+# --- one writer, and folders that are there already
+
+def test_a_second_process_is_refused_and_a_dead_one_is_no_obstacle(again, straight):
+    hold = 'import sys, time, filelock as f; x = f.FileLock(sys.argv[1]); x.acquire(); print(flush=True); time.sleep(90)'
+    other = subprocess.Popen([sys.executable, '-c', hold, again / '.lock'], stdout=subprocess.PIPE)
+    other.stdout.readline()
+    try:
+        refused(again, 'another process trains there', 'another --out', out=again, resume=True)
+        refused(again, 'another process trains there', preset='demo', out=again)
+        assert Run(again).step == 20 and Run(again).encoder() is not None  # readers need no lock
+    finally: other.kill()
+    other.wait()
+    assert (again / '.lock').exists() and pretrain(out=again, resume=True).step == 20 and same(again, straight)
+
+
+@pytest.mark.slow
+def test_a_second_command_on_a_live_run_is_refused(data, tmp_path):
+    run, env = tmp_path / 'run', {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+    command, deadline = [sys.executable, '-m', 'scott.train'], time.monotonic() + 120
+    first = subprocess.Popen([*command, *argv(data, run, epochs=500, checkpoint_minutes=0)], env=env,
+                             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not reached(run): assert first.poll() is None and time.monotonic() < deadline
+    second = subprocess.run([*command, '--out', run, '--resume'], env=env, capture_output=True, text=True, timeout=120)
+    assert second.returncode == 2 and second.stderr.count('\n') == 1, second.stderr
+    assert str(run) in second.stderr and 'another process trains there' in second.stderr and first.poll() is None
+    first.kill()  # kill -9
+    first.wait()
+    before = reached(run)
+    third = subprocess.Popen([*command, '--out', run, '--resume', '--checkpoint-minutes', '0'], env=env,
+                             stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while reached(run) <= before: assert third.poll() is None and time.monotonic() < deadline
+    third.kill()
+    third.wait()
+
+
+def test_a_refused_new_run_leaves_nothing(data, tmp_path):
+    with pytest.raises(InputError, match='fewer than --batch-size'):
+        pretrain('demo', **{**TOY, 'batch_size': 64}, data=data, out=tmp_path / 'some' / 'run')
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'photo.jpg').touch()
+    refused('is no run', 'another --out', preset='demo', **TOY, data=data, out=tmp_path / 'mine')
+    assert [p.name for p in (tmp_path / 'mine').iterdir()] == ['photo.jpg']
+    for place in (tmp_path / 'mine' / 'photo.jpg', tmp_path / 'mine' / 'photo.jpg' / 'run'):
+        with pytest.raises(InputError, match='name another --out'): pretrain('demo', **TOY, data=data, out=place)
+
+
+def test_a_folder_that_holds_only_a_lock_is_free(data, tmp_path):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / '.lock').touch()
+    assert pretrain('demo', **{**TOY, 'epochs': 1, 'warmup_epochs': 0}, data=data, out=tmp_path / 'run').step == 4
+
+
+def test_home_folders(data, tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    shutil.copytree(data[7:], tmp_path / 'photos')
+    short = {**TOY, 'epochs': 1, 'warmup_epochs': 0}
+    assert pretrain('demo', **short, data='folder:~/photos', out='~/run').step == 4
+    assert Run('~/run').step == 4 and pretrain(out=Path('~/run'), resume=True).step == 4
+    monkeypatch.chdir(tmp_path)
+    main(['--out=~/run', '--resume', '--data=folder:~/photos'])
+    assert not (tmp_path / '~').exists() and read_metrics('~/run') == Run('~/run').metrics
 
 
 # --- how long it takes
@@ -331,7 +520,7 @@ def test_golden_losses(figure):
 
 def test_run_folder(straight):
     names = {p.name for p in straight.iterdir()}
-    assert names == {'config.json', 'metrics.jsonl', 'curves.png', 'checkpoint.pt', 'context', 'target'}
+    assert names == {'config.json', 'pictures.txt', 'metrics.jsonl', 'curves.png', 'checkpoint.pt', 'context', 'target', '.lock'}
     for line in read_metrics(straight):
         assert set(line) == {'step', 'epoch', 'loss', 'feature_std', 'rankme', 'cosine', 'distance', 'grad_tokenizer',
                              'grad_encoder', 'grad_predictor', 'lr', 'wd', 'momentum', 'skipped', 'images_per_s',
@@ -420,6 +609,16 @@ def test_without_labels_the_run_says_so_once(place, tmp_path, capsys):
     assert not any('knn' in m for m in lines(tmp_path / 'run'))
 
 
+def test_the_quick_knn_takes_pictures_that_have_a_label(monkeypatch):
+    n, given = 60, {}
+    labels = torch.where(torch.arange(n) % 4 == 0, torch.arange(n) % 3, -1)
+    pool = ImageSet(torch.arange(n).view(n, 1, 1, 1), labels, torch.ones(n), list('abc'), 'toy', False, [])
+    monkeypatch.setattr(module, 'load', lambda *_, **settings: given.update(settings) or pool)
+    looking = labeled(Config(knn_every=1, labels='/photos.csv'), pool)
+    assert given['labels'] == '/photos.csv' and looking.images.flatten().tolist() == list(range(0, n, 4))
+    assert torch.equal(looking.labels, looking.images.flatten() % 3)
+
+
 def test_the_quick_knn_takes_every_so_many_of_many_images(monkeypatch):
     def shown(n):
         images = torch.arange(n).view(n, 1, 1, 1).expand(n, 1, 1, 1)
@@ -489,6 +688,19 @@ def test_a_nan_can_be_skipped_and_is_counted(data, tmp_path, monkeypatch):
     assert all(t.isfinite().all() for t in tensors(state))
     assert {v['step'].item() for v in state['optimizer']['state'].values()} == {17}  # Adam has seen 20 - 3 steps
     assert pretrain(out=run.folder, resume=True, on_nan='stop').step == 20  # skipped as asked for: no reason to stop
+
+
+def test_a_nan_before_the_first_checkpoint_speaks_of_none(data, tmp_path, monkeypatch, capsys):
+    diverging(monkeypatch, steps=(2,))
+    run = tmp_path / 'run'
+    with pytest.raises(SystemExit): main(argv(data, run))
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert 'nan or infinite at step 2:' in last and 'start anew' in last and '--lr' in last
+    assert 'checkpoint' not in last and '--resume' not in last and '--amp' not in last  # it is off already
+    monkeypatch.undo()
+    refused('has no checkpoint to go on from', 'another --out', out=run, resume=True)
+    refused('has no checkpoint to go on from', out=run, resume=True, lr=.1)
+    refused('ended before its first checkpoint', 'another --out', preset='demo', **TOY, data=data, out=run)
 
 
 def test_weights_that_are_no_numbers_are_not_saved(tmp_path):

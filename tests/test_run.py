@@ -11,7 +11,7 @@ import scott
 from scott.cli import InputError
 from scott.train.config import FREE, Config, build, identity
 from scott.train.files import write_checkpoint
-from scott.train.run import Run, load_encoder, read_metrics, save_encoder
+from scott.train.run import Run, encoder_step, load_encoder, read_metrics, save_encoder
 
 RESULTS = Path(__file__).resolve().parent.parent/'nbs'/'results'
 SMALL = dict(preset='demo', data='petals', img_size=64, embed_dim=16, depth=1, num_heads=2, predictor_depth=1, seed=5,
@@ -65,7 +65,7 @@ def mine(tmp_path):
     for step in (30, 45):
         jepa = trained(cfg, step / 1000)
         write_checkpoint(folder, dict(step=step, model=jepa.state_dict(), identity=identity(cfg, images=100, draws=2)))
-        for name in ('context', 'target'): save_encoder(getattr(jepa, name), folder/name)
+        for name in ('context', 'target'): save_encoder(getattr(jepa, name), folder/name, step)
     write_log(folder, (20, 40))
     return folder
 
@@ -81,7 +81,7 @@ def former(tmp_path):
         step=50, jepa=jepa.state_dict(), optimizer={'state': {}, 'param_groups': []}, scaler={},
         loss_sum=torch.zeros(()), norm_sum=torch.zeros(4), bad=torch.zeros(3, dtype=torch.int64), identity=whose))
     for name in ('context', 'target'):
-        save_encoder(getattr(jepa, name), folder/name)
+        getattr(jepa, name).save_pretrained(folder/name)
         (folder/name/'config.json').write_text(json.dumps(FORMER_ENCODER, indent=2))
     write_log(folder, (20, 40, 50))
     (folder/'probe_petals.json').write_text(json.dumps(dict(step=50, rows=[dict(probe='knn', top1=30.)])))
@@ -128,6 +128,18 @@ def test_the_step_is_that_of_the_weights(mine):
     assert run.step == 60 and run.reached['step'] == 60     # no better knowledge
     for file in (mine/'checkpoint.pt', mine/'metrics.jsonl'): file.unlink()
     assert run.step == 0 and run.reached == dict(step=0, epoch=0.) and run.metrics == []
+
+
+@pytest.mark.parametrize('step', [30, 60])
+def test_encoders_of_another_step_are_taken_from_the_checkpoint(mine, step):
+    "The run was killed between checkpoint and encoders; or someone went back to an older checkpoint."
+    run = Run(mine)
+    for which in ('context', 'target'):
+        assert encoder_step(mine/which) == 45
+        save_encoder(getattr(trained(run.config, step / 1000), which), mine/which, step)
+        assert equal(run.encoder(which), getattr(trained(run.config, .045), which))
+    (mine/'checkpoint.pt').write_bytes(b'half')  # then the folder is all there is
+    assert equal(run.encoder('target'), trained(run.config, step / 1000).target)
 
 
 def test_a_reader_writes_nothing(mine):
@@ -195,7 +207,7 @@ def test_stored_results_are_read_without_weights():
         assert run.table('flowers102')['rows']
     run = Run(RESULTS/'flowers102-small')
     assert run.step == 9180 and run.config.preset == 'small' and run.config.accumulate == 1
-    with pytest.raises(InputError, match=r'target has no config\.json: the run has not saved its weights'):
+    with pytest.raises(InputError, match=r'target has no config\.json: there is no checkpoint'):
         run.encoder('target')
     with pytest.raises(InputError, match=r'checkpoint\.pt is not there'): run.jepa()
     assert Run(RESULTS/'flowers102-small').config == run.config
@@ -270,14 +282,17 @@ def test_checkpoints_that_are_none(mine):
 def test_a_damaged_encoder(mine, damage):
     damage(mine/'context')
     for use in (lambda: Run(mine).encoder('context'), lambda: load_encoder(mine/'context')):
-        one_line(use, 'damaged', mine/'context', 'restore it, or resume the run')
+        one_line(use, 'damaged', mine/'context', 'go on with the run (--resume)')
     assert Run(mine).encoder('target') is not None
 
 
 def test_an_encoder_that_is_none(mine):
     one_line(lambda: Run(mine).encoder('teacher'), "'teacher'", 'choose context, target or random')
     shutil.rmtree(mine/'context')
-    one_line(lambda: Run(mine).encoder('context'), mine/'context', 'wait, or resume it')
+    one_line(lambda: Run(mine).encoder('context'), mine/'context', 'has no config.json', 'go on with the run (--resume)')
+    (mine/'checkpoint.pt').unlink()
+    with pytest.raises(InputError, match='there is no checkpoint yet that it could be made from: wait') as e: Run(mine).encoder('context')
+    assert '--resume' not in str(e.value)
 
 
 def test_tables(mine):
@@ -286,6 +301,10 @@ def test_tables(mine):
     (mine/'probe_petals.json').write_text('{"rows": []}')
     assert run.table() == {'rows': []}
     one_line(lambda: run.table('pets37'), mine, 'no table pets37', 'petals')
+    (mine/'probe_d.json').write_text('{"data": "folder:/d", "rows": []}')
+    one_line(lambda: run.table('d'), mine/'probe_d.json', 'earlier version', f'run scott_probe {mine} again')
+    (mine/'probe_d.json').write_text('{"data": "folder:/d", "how_split": "names", "rows": []}')
+    assert run.table('d')['how_split'] == 'names'
     (mine/'probe_pets37.json').write_text('{"rows"')
     one_line(run.table, mine, 'several tables', 'pets37', 'petals')
     one_line(lambda: run.table('pets37'), mine/'probe_pets37.json', 'is damaged', 'run scott_probe again')

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from scott.cli import InputError
 from scott.encoder import Encoder
-from scott.train.files import clear_parts, digest, load_checkpoint, step_of, write_atomic, write_checkpoint
+from scott.train.files import clear_parts, digest, load_checkpoint, only_writer, step_of, write_atomic, write_checkpoint
 from scott.train.run import save_encoder
 from scott.train.trainer import StopSignal
 
@@ -225,6 +226,90 @@ def test_the_way_back_is_named_and_works(tmp_path):
     with pytest.raises(InputError, match='no older one'): load_checkpoint(run)
 
 
+def test_advice_names_only_what_can_be_read(tmp_path):
+    for step in (5, 10, 15): write_checkpoint(tmp_path, state_of(step), 3)
+    damaged = tmp_path / 'checkpoint-10.pt'
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    with pytest.raises(InputError, match=r'10\.pt is damaged .*; the steps that can be read: 5, 15$'):
+        load_checkpoint(tmp_path, 10)
+    with pytest.raises(InputError, match=r'7\.pt is not there: the steps that can be read: 5, 15$'):
+        load_checkpoint(tmp_path, 7)
+    (tmp_path / 'checkpoint.pt').write_bytes(b'')
+    with pytest.raises(InputError, match=r'one \(checkpoint-5\.pt\): mv \S*checkpoint-5\.pt '): load_checkpoint(tmp_path)
+    (tmp_path / 'checkpoint-5.pt').write_bytes(b'')
+    with pytest.raises(InputError, match='no older one that is whole') as e: load_checkpoint(tmp_path)
+    assert 'mv ' not in str(e.value)
+
+
+# --- one writer
+
+HOLD = '''
+import sys, time
+from pathlib import Path
+from scott.train.files import only_writer
+with only_writer(Path(sys.argv[1])):
+    print('held', flush=True)
+    time.sleep(90)
+'''
+
+def entered(run, wait=0.):
+    "What comes of the attempt to write."
+    try:
+        with only_writer(run, wait): return 'free'
+    except InputError as e: return str(e)
+
+
+def test_a_second_writer_is_refused_and_a_killed_one_is_forgotten(tmp_path):
+    (tmp_path / 'config.json').write_text('{}')
+    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    other = subprocess.Popen([sys.executable, '-c', HOLD, tmp_path], env=env, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == 'held\n'
+    try: said = entered(tmp_path)
+    finally: other.kill()
+    assert said.startswith(f'{tmp_path} is in use') and 'another --out' in said and '\n' not in said
+    assert other.wait() == -signal.SIGKILL and (tmp_path / '.lock').exists() and entered(tmp_path) == 'free'
+
+
+def test_who_waits_gets_the_lock_when_it_is_free(tmp_path):
+    lock = FileLock(tmp_path / '.lock', thread_local=False)
+    lock.acquire()
+    assert 'in use' in entered(tmp_path)
+    threading.Timer(.3, lock.release).start()
+    assert entered(tmp_path, wait=30.) == 'free'
+
+
+def test_a_folder_that_stays_empty_is_removed(tmp_path):
+    with only_writer(tmp_path / 'a' / 'b'): assert names(tmp_path / 'a' / 'b') == ['.lock']
+    assert names(tmp_path) == []
+    with only_writer(tmp_path / 'a' / 'b'): (tmp_path / 'a' / 'b' / 'config.json').write_text('{}')
+    assert 'config.json' in names(tmp_path / 'a' / 'b')
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'photo.jpg').touch()
+    with pytest.raises(KeyError):
+        with only_writer(tmp_path / 'mine'): raise KeyError
+    assert names(tmp_path / 'mine') == ['photo.jpg']
+
+
+@pytest.mark.parametrize('number', [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_gets_a_line(tmp_path, monkeypatch, capsys, number):
+    def refused(*args): raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, 'flock', refused)
+    for _ in range(2): assert entered(tmp_path) == 'free'
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and all(str(tmp_path) in line and 'no locks' in line for line in said)
+    assert set(names(tmp_path)) <= {'.lock'}
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    for place in (tmp_path / 'file', tmp_path / 'file' / 'run'):
+        said = entered(place)
+        assert str(place) in said and 'name another --out' in said
+    def refused(*args, **kwargs): raise PermissionError(errno.EACCES, 'Permission denied')
+    monkeypatch.setattr(os, 'open', refused)
+    assert entered(tmp_path) == f'{tmp_path}: Permission denied: name another --out'
+
+
 # --- a full disk
 
 FULL = '''
@@ -290,7 +375,7 @@ def test_a_system_that_flushes_only_what_is_open_for_writing(tmp_path, monkeypat
     monkeypatch.setattr(os, 'fsync', fsync)
     monkeypatch.setattr(os, 'open', only_files)
     for step in (1, 2): write_checkpoint(tmp_path, state_of(step))
-    save_encoder(Encoder(img_size=32, embed_dim=8, depth=1, num_heads=1), tmp_path / 'target')
+    save_encoder(Encoder(img_size=32, embed_dim=8, depth=1, num_heads=1), tmp_path / 'target', 2)
     assert len(flushed) == 4 and same(load_checkpoint(tmp_path), state_of(2))  # two checkpoints, two files
     assert names(tmp_path) == ['checkpoint-1.pt', 'checkpoint.pt', 'target']
 
@@ -334,7 +419,7 @@ def test_errors_that_are_not_about_writing_stay_what_they_are(tmp_path, error):
 
 def test_a_full_disk_while_encoders_are_saved(tmp_path, monkeypatch):
     encoder = Encoder(img_size=32, embed_dim=8, depth=1, num_heads=1)
-    save_encoder(encoder, tmp_path / 'target')
+    save_encoder(encoder, tmp_path / 'target', 1)
     before = (tmp_path / 'target' / 'model.safetensors').read_bytes()
     def full(self, folder):
         folder.mkdir()
@@ -343,7 +428,7 @@ def test_a_full_disk_while_encoders_are_saved(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(Encoder, 'save_pretrained', full)
         with pytest.raises(InputError, match='target could not be written .there is no room'):
-            save_encoder(encoder, tmp_path / 'target')
+            save_encoder(encoder, tmp_path / 'target', 1)
     assert (tmp_path / 'target' / 'model.safetensors').read_bytes() == before and names(tmp_path) == ['target']
 
 

@@ -1,8 +1,11 @@
 "The engine: steps that are made or left out, sums, resume, the loop. Its models are small; none of this needs images."
 import ast
 import copy
+import io
 import math
 import signal
+import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -199,6 +202,7 @@ def test_a_bad_step_leaves_weights_and_moments_as_they_were(fused):
     assert (counts.skipped, counts.bad, counts.first_bad) == (1, 1, 3) and math.isfinite(counts.loss)
     with pytest.raises(InputError, match='at step 3: that step was not made, and the last checkpoint in HERE'):
         trainer.check('HERE')
+    with pytest.raises(InputError, match='at step 3: that step was not made; lower'): trainer.check(None)
     assert trainer.check('HERE', skip=True) == counts
 
 
@@ -249,7 +253,7 @@ def test_overflow_again_and_again_and_a_nan_loss_are_told_with_a_scaler_too():
     stop = poison(trainer, math.inf)
     trainer.train_step()
     stop()
-    with pytest.raises(InputError, match='overflowed 16 bits again and again before step 1: use --amp off'):
+    with pytest.raises(InputError, match='overflowed 16 bits again and again before step 1: start anew with --amp off'):
         trainer.check('x')
     trainer = toy()
     trainer.scaler = torch.amp.GradScaler('cpu', init_scale=8.)
@@ -379,6 +383,45 @@ def test_the_callers_random_numbers_stay():
     torch.manual_seed(5)
     fit(trainer, lambda line: None, 5, show=False, until=5)
     assert torch.equal(torch.rand(3), expected)
+
+
+# --- how far it is
+
+class Screen(io.StringIO):
+    def isatty(self): return True
+
+
+def shown(monkeypatch, stream, **settings):
+    "What a training writes to stderr; a minute passes at step 13."
+    monkeypatch.setattr(sys, 'stderr', stream)
+    later = {13: lambda: monkeypatch.setattr(time, 'monotonic', lambda: began + 61)}
+    began = time.monotonic()
+    fit(toy(feed=Batches(act=later)), lambda line: f'lr {line.values.lr:.3f}', 5, **settings)
+    return stream.getvalue()
+
+
+def test_a_log_file_gets_plain_lines(monkeypatch):
+    told = shown(monkeypatch, io.StringIO())
+    assert '\r' not in told
+    lines = told.splitlines()
+    assert [line.split(',')[0] for line in lines] == ['step 5 of 20 (25%)', 'step 13 of 20 (65%)', 'step 20 of 20 (100%)']
+    assert all('lr 0.0' in line for line in lines) and [line.endswith(' left') for line in lines] == [True, True, False]
+    assert shown(monkeypatch, io.StringIO(), show=False) == ''
+
+
+def test_a_terminal_gets_a_bar(monkeypatch):
+    told = shown(monkeypatch, Screen())
+    assert '\r' in told and '20/20' in told and 'lr 0.0' in told and 'step 20 of' not in told
+
+
+def test_the_time_left_is_that_of_the_steps_made_here(monkeypatch):
+    stream, now = io.StringIO(), [100.]
+    monkeypatch.setattr(sys, 'stderr', stream)
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    progress = engine.Progress(900, 1000)  # it goes on after 900 steps
+    now[0] += 600
+    progress.at(910, None)  # 10 steps took 10 minutes
+    assert stream.getvalue() == 'step 910 of 1,000 (91%), about 1.5 hours left\n'
 
 
 # --- another device

@@ -166,5 +166,5 @@ def differences(
 ) -> list:  # one line for each difference
     "Where two runs differ; a setting that did not exist when one was stored counts as its default."
     there = {**{f.name: f.default for f in fields(Config)}, **there}
-    there['data'] = without_path(there['data'])  # until version 0.1 a path was stored
+    if here.get('data') == 'folder:': there['data'] = without_path(there['data'])  # until version 0.1 it had a path
     return [f'{k} is {there.get(k)!r} there and {v!r} here' for k, v in here.items() if there.get(k) != v]
