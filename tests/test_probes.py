@@ -677,6 +677,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_a_line(run, capsys):
     (folder / 'row.json').unlink()
     state = load_checkpoint(folder)
     write_checkpoint(folder, dict(step=3, net=state['model']), keep=1)  # its former layout
+    capsys.readouterr()
     assert 'earlier version of scott: remove it' in fails(capsys, run, '--probes', 'supervised')
 
 
