@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.special import softmax
 from torch import Tensor
 
 # %% ../nbs/21_augment.ipynb #b76245bb
@@ -24,35 +25,38 @@ def random_boxes(
     generator: torch.Generator | None = None,           # CPU generator; None = PyTorch's global one
 ) -> Tensor:                                            # (B, 4): left, top, right, bottom as fractions of the picture
     "One random crop box per picture, drawn as torchvision's `RandomResizedCrop` does, but not rounded to pixels."
-    u = torch.rand(2, len(aspect), 10, generator=generator)             # ten tries
+    aspect, each = aspect.numpy(), np.arange(len(aspect))               # b
+    u = torch.rand(2, len(aspect), 10, generator=generator).numpy()     # ten tries
     area = (scale[0] + u[0] * (scale[1] - scale[0])) * aspect[:, None]  # the picture is `aspect` wide and 1 high
     shape = ratio[0] * (ratio[1] / ratio[0]) ** u[1]                    # log-uniform
-    w, h = (area * shape).sqrt(), (area / shape).sqrt()                 # b tries
+    w, h = np.sqrt(area * shape), np.sqrt(area / shape)                 # b tries
     fits = (w <= aspect[:, None]) & (h <= 1)
-    first = fits.float().argmax(1, keepdim=True)                        # the first try that fits
-    found = fits.any(1)
-    w = torch.where(found, w.gather(1, first)[:, 0], aspect.clamp(max=ratio[1]))
-    h = torch.where(found, h.gather(1, first)[:, 0], (aspect / ratio[0]).clamp(max=1))
-    place = torch.rand(2, len(aspect), generator=generator)
-    place = torch.where(found, place, 0.5)                              # none fits: the largest allowed, in the center
+    first, found = fits.argmax(1), fits.any(1)                          # the first try that fits
+    w = np.where(found, w[each, first], np.minimum(aspect, ratio[1]))
+    h = np.where(found, h[each, first], np.minimum(aspect / ratio[0], 1))
+    place = torch.rand(2, len(aspect), generator=generator).numpy()
+    place = np.where(found, place, 0.5)                                 # none fits: the largest allowed, in the center
     left, top = place[0] * (aspect - w) / aspect, place[1] * (1 - h)
-    return torch.stack([left, top, left + w / aspect, top + h], 1)
+    return torch.from_numpy(np.stack([left, top, left + w / aspect, top + h], 1))
 
 # %% ../nbs/21_augment.ipynb #e580210b
 def cubic_matrix(
-    start: Tensor,      # (...) where the box begins, as a fraction of the side
-    stop: Tensor,       # (...) where it ends
+    start: Tensor,      # (...) where the box begins, as a fraction of the side, on the CPU
+    stop: Tensor,       # (...) where it ends; before `start`: mirrored
     source: int,        # pixels along the input's side
     size: int,          # pixels along the output's side
+    device: torch.device | str = 'cpu',         # where the matrix is made
 ) -> Tensor:            # (..., size, source): row i holds the weights of the input pixels in output pixel i
     "Antialiased bicubic resampling (Keys, a = -1/2) of a box as a matrix; each row sums to 1."
-    begin, half = start[..., None] * source, (stop - start)[..., None] * (source / 2)   # in input pixels
-    step = half * (2 / size)                                            # input pixels per output pixel
-    pixels = torch.arange(0.5, source, device=start.device)             # pixel centers
-    centers = torch.addcmul(begin, step, torch.arange(0.5, size, device=start.device))  # ... i
-    outside = (pixels - (begin + half)).abs() > half.clamp(min=0.5)                     # ... j: crop first, then resize
-    pixels = pixels.masked_fill(outside, math.inf)
-    d = (pixels[..., None, :] - centers[..., None]).abs() / step.clamp(min=1)[..., None]        # ... i j
+    start, stop = np.asarray(start)[..., None] * source, np.asarray(stop)[..., None] * source   # in input pixels
+    step = (stop - start) / size                                        # input pixels per output pixel
+    pixels = np.arange(0.5, source) - (start + stop) / 2                # ... j: pixel centers, from the box's middle
+    centers = step * (np.arange(0.5, size) - size / 2)                  # ... i: likewise
+    step = np.abs(step)
+    pixels[np.abs(pixels) > np.maximum(step * size / 2, 0.5)] = np.inf  # outside of the box: crop first, then resize
+    places = np.concatenate([centers, pixels], -1) / np.maximum(step, 1)
+    centers, pixels = torch.from_numpy(places.astype(np.float32)).to(device).split([size, source], -1)
+    d = (pixels[..., None, :] - centers[..., None]).abs()               # ... i j
     far = (2 - d).clamp(min=0)
     rest = far - 1
     near = rest.clamp(min=0)
@@ -62,14 +66,15 @@ def cubic_matrix(
 # %% ../nbs/21_augment.ipynb #3f5df260
 def resample(
     images: Tensor,     # (B, 3, S, S) uint8
-    boxes: Tensor,      # (B, 4) left, top, right, bottom as fractions, on the images' device
+    boxes: Tensor,      # (B, 4) left, top, right, bottom as fractions, on the CPU
     size: int,          # side of the result in pixels
-    flip: Tensor,       # (B,) bool, on the images' device: mirror left and right
+    flip: Tensor,       # (B,) bool, on the CPU: mirror left and right
 ) -> Tensor:            # (B, 3, size, size) float32 in [0, 1]
     "Crops each image to its own box, resizes it (antialiased bicubic) and mirrors the chosen ones."
-    start, stop = boxes.unflatten(1, (2, 2)).unbind(1)                  # b 2: for the columns and the rows
-    wx, wy = cubic_matrix(start, stop, images.shape[-1], size).unbind(1)        # b i j
-    wx = torch.where(flip[:, None, None], wx.flip(1), wx)
+    start, stop = boxes.numpy().reshape(-1, 2, 2).swapaxes(0, 1)        # b 2: for the columns and the rows
+    mirror = flip.numpy()[:, None] & [True, False]                      # only the columns
+    start, stop = np.where(mirror, stop, start), np.where(mirror, start, stop)
+    wx, wy = cubic_matrix(start, stop, images.shape[-1], size, images.device).unbind(1)         # b i j
     x = (images / 255).flatten(1, 2) @ wx.mT                            # b (c h) x
     return (wy[:, None] @ x.unflatten(1, images.shape[1:3])).clamp(0, 1)        # b c y x
 
@@ -106,7 +111,7 @@ def grayscale(x: Tensor, strength: Tensor) -> Tensor:
 # %% ../nbs/21_augment.ipynb #b74a24ba
 def hue(
     x: Tensor,          # (B, 3, H, W) in [0, 1]
-    strength: Tensor,   # (B,) turn of the color circle, 1 = once around, 0 = unchanged
+    strength: Tensor,   # (B,) turn of the color circle, 1 = once around (six sixths), 0 = unchanged
 ) -> Tensor:            # like x
     "Turns each image's hues; value and saturation in the HSV sense stay."
     red, green, blue = x.unbind(1)
@@ -114,15 +119,14 @@ def hue(
     chroma = top - low
     angle = (top + green + blue - red).sub(low, alpha=2) / chroma.clamp(min=1e-8)       # gray: chroma 0, any angle
     angle = angle.copysign(green - blue)                                # minus: the half circle from blue back to red
-    turn = 6 * strength[:, None] + torch.arange(5, 0, -2, device=x.device)      # six sixths; 5, 3, 1 for r, g, b
+    turn = torch.arange(5, 0, -2, device=x.device).add(strength[:, None], alpha=6)      # 5, 3, 1 for r, g, b
     k = (angle[:, None] + turn[..., None, None]) % 6
     return top[:, None].addcmul(chroma[:, None], torch.minimum(k, 4 - k).clamp(0, 1), value=-1)
 
 # %% ../nbs/21_augment.ipynb #f33b8051
 def _kernels(strength):
     "Gaussian weights of 9 pixels in a row for each sigma in `strength` (B,): (B, 1, 1, 9), each sums to 1."
-    taps = torch.arange(-4, 5, device=strength.device)
-    return torch.softmax(-0.5 * (taps / strength[:, None]) ** 2, 1)[:, None, None]
+    return softmax(-0.5 * (np.arange(-4, 5) / strength[:, None]) ** 2, 1).astype(np.float32)[:, None, None]
 
 def _convolve(x, kernels):
     "Each image of x (B, 3, H, W) with its own kernel (B, 1, 1, 9), along rows and columns; the borders are mirrored."
@@ -135,7 +139,7 @@ def gaussian_blur(
     strength: Tensor,   # (B,) sigma in pixels
 ) -> Tensor:            # like x
     "Gaussian blur with a 9-pixel kernel of its own sigma for each image."
-    return _convolve(x, _kernels(strength))
+    return _convolve(x, torch.from_numpy(_kernels(strength.cpu().numpy())).to(x.device))
 
 # %% ../nbs/21_augment.ipynb #419b063b
 CHANGES = (brightness, contrast, saturation, hue, grayscale, gaussian_blur)     # the first four are the color jitter
@@ -146,16 +150,15 @@ def draw_changes(
     generator: torch.Generator | None = None,   # CPU generator; None = PyTorch's global one
 ) -> tuple[Tensor, Tensor]:                     # slot (n, 6): when each of CHANGES is done, -1 = never; strength (n, 6)
     "Draws for each view which changes are made, how strong, and in which order."
-    low = torch.tensor([0.6, 0.6, 0.8, -0.1, 0.0, 0.1])
-    high = torch.tensor([1.4, 1.4, 1.2, 0.1, 0.0, 2.0])
-    strength = low + torch.rand(n, 6, generator=generator) * (high - low)
-    group = torch.tensor([0, 0, 0, 0, 1, 2])                                    # jitter, grayscale, blur
-    on = torch.rand(n, 3, generator=generator) < torch.tensor([0.8, 0.1, 0.3])
-    on = (on & (torch.rand(n, 1, generator=generator) < color))[:, group]
-    when = torch.rand(n, 3, generator=generator).argsort(1)[:, group]           # the groups' order: 0, 1, 2
-    when = when + torch.rand(n, 6, generator=generator)                         # and the order within the jitter
+    def draw(k): return torch.rand(n, k, generator=generator).numpy()
+    low, high = np.float32([[0.6, 0.6, 0.8, -0.1, 0.0, 0.1], [1.4, 1.4, 1.2, 0.1, 0.0, 2.0]])
+    strength = low + draw(6) * (high - low)
+    group = [0, 0, 0, 0, 1, 2]                                                  # jitter, grayscale, blur
+    on = draw(3) < np.float32([0.8, 0.1, 0.3])
+    on = (on & (draw(1) < color))[:, group]
+    when = draw(3).argsort(1)[:, group] + draw(6)       # the groups' order: 0, 1, 2; and the order within the jitter
     slot = (when + 10 * ~on).argsort(1).argsort(1)                              # rank; those not done come last
-    return torch.where(on, slot, -1), strength
+    return torch.from_numpy(np.where(on, slot, -1)), torch.from_numpy(strength)
 
 # %% ../nbs/21_augment.ipynb #aa0afc56
 def _schedule(slot, strength):
@@ -199,12 +202,11 @@ def recolor(
         return sent.split([len(a) for a in arrays])
 
     def blur(rows, kernels):
-        if len(rows): x[rows] = _convolve(x.index_select(0, rows), kernels)
+        if len(rows): x[rows] = _convolve(x.index_select(0, rows), kernels.view(-1, 1, 1, 9))
 
-    sigma = strength[np.concatenate(blurred), 5]
-    turn, sigma, matrices = send(strength[:, 3], sigma, matrices.ravel())
+    kernels = [_kernels(strength[rows, 5]).ravel() for rows in blurred]
+    turn, matrices, *kernels = send(strength[:, 3], matrices.ravel(), *kernels)
     source, back, *blurred = send(order % len(x), order.argsort(), *blurred)
-    kernels = _kernels(sigma).split([len(rows) for rows in blurred])
     matrices, changed = matrices.view(-1, 7, 3, 6), stretches[-1][1]    # views from `changed` on: no blend, no hue
     x = x.index_select(0, source)
     blur(blurred[0], kernels[0])
@@ -221,8 +223,9 @@ def normalize(
     x: Tensor,          # (B, 3, H, W) in [0, 1]; overwritten
 ) -> Tensor:            # x, so that ImageNet's pixels have mean 0 and standard deviation 1 in each channel
     "Subtracts ImageNet's mean and divides by its standard deviation, channel by channel."
-    mean, std = torch.tensor([MEAN, STD]).to(x.device, non_blocking=x.is_cuda)[..., None, None]
-    return x.sub_(mean).div_(std)
+    lines = torch.tensor([[-mean / std, 1 / std] for mean, std in zip(MEAN, STD)])      # shift and scale of each channel
+    shift, scale = lines.to(x.device, non_blocking=x.is_cuda)[..., None, None].unbind(1)
+    return torch.addcmul(shift, x, scale, out=x)
 
 def _check_images(images):
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
@@ -278,9 +281,8 @@ def apply_views(
     if len(draws.boxes) != len(images):
         raise ValueError(f'aspect must hold {len(images)} positive numbers, one for each image, got {len(draws.boxes)}')
     if size < 5: raise ValueError(f'size must be at least 5 pixels (the blur looks 4 pixels far), got {size}')
-    boxes, flip = (t.to(images.device, non_blocking=images.is_cuda) for t in (draws.boxes, draws.flip))
     with torch.autocast(images.device.type, enabled=False):
-        x = resample(images, boxes, size, flip)
+        x = resample(images, draws.boxes, size, draws.flip)
         return normalize(recolor(x, draws.slot.flatten(0, 1), draws.strength.flatten(0, 1))).chunk(2)
 
 def two_views(

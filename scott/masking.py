@@ -70,7 +70,7 @@ def _rectangles(y, x, h, w, grid):
 def _summed_area(keep):
     "Table (rows+1, columns+1, B): how many visible patches of `keep` (rows, columns, B) lie above and to the left."
     rows, cols, images = keep.shape
-    table = np.zeros((rows + 1, cols + 1, images), np.int32)
+    table = np.zeros((rows + 1, cols + 1, images), np.int16)
     table[1:, 1:] = keep
     for i in range(rows): table[i + 1] += table[i]                       # faster than cumsum: all images in one stretch
     for j in range(cols): table[:, j + 1] += table[:, j]

@@ -41,7 +41,6 @@ def augmented(
     generator = torch.Generator().manual_seed(seed)
     boxes, flip = random_boxes(aspect, generator=generator), torch.rand(len(aspect), generator=generator) < .5
     slot, strength = draw_changes(len(aspect), .6, generator)
-    boxes, flip = boxes.to(images.device), flip.to(images.device)
     return normalize(recolor(resample(images, boxes, size, flip), slot, strength))
 
 # %% ../../nbs/73_finetune.ipynb #f8a97e5b
