@@ -119,7 +119,7 @@ def test_table_and_json(run, data, tmp_path, capsys):
     assert sum(line.startswith(tuple(NAMES)) and '…' in line for line in out.splitlines()) == 16
     assert 'supervised from scratch: not run yet' in out and f'Taken: {result["summary"]}\n' in out
     head, seen = out.splitlines()[:2]
-    assert 'test images (a fifth of each class, by a hash of the names), 3 classes' in head
+    assert 'test images (about a fifth held out, by the hash of the names), 3 classes' in head
     assert seen.startswith(f'transductive: pre-trained on {result["test_images"]} of the {result["test_images"]} test')
 
 

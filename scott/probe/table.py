@@ -221,7 +221,7 @@ def probe(
 
 # %% ../../nbs/74_table.ipynb #c62bd245
 SPLITS = dict(official=' (official split)', given=' (split by its folders)', labels=' (split by the label file)',
-              names=' (a fifth of each class, by a hash of the names)')
+              names=' (about a fifth held out, by the hash of the names)')
 
 def choices(row: dict) -> str:  # from `probe`
     "What the seeds chose, in a few characters."
@@ -237,8 +237,8 @@ def twins_line(
     across = sum(pair.splits for pair in pairs)
     named = [f'{a} = {b}' + ' (training and test)' * splits + ' (two classes)' * classes
              for a, b, splits, classes in pairs[:8]]
-    count = f'{len(pairs)} pairs of images have the same pixels' + f', {across} of them across the splits' * bool(across)
-    return f'{count}: {", ".join(named)}' + ', …' * (len(pairs) > 8)
+    lead = f'{len(pairs)} pairs of images have the same pixels' + f', {across} of them across the splits' * bool(across)
+    return f'{lead}: {", ".join(named)}' + ', …' * (len(pairs) > 8)
 
 def table(
     report: dict,  # from `probe`
@@ -286,7 +286,7 @@ def is_outdated(
     report: dict,  # as stored by some version
 ) -> bool:
     "Whether a table was made with the earlier split of folders."
-    return report.get('data', '').startswith('folder:') and 'how_split' not in report
+    return str(report.get('data')).startswith('folder:') and 'how_split' not in report
 
 def merged(
     report: dict,  # from `probe`
