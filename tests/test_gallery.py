@@ -43,7 +43,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp('gallery')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('SCOTT_CACHE', str(folder / 'cache'))
-        write_images(folder / 'images', 60, 80)  # 3 classes of 20, 12 test images
+        write_images(folder / 'images', 77, 80)  # 3 classes, 12 test images
         write_run(folder / 'run')
         yield folder
 
