@@ -10,10 +10,12 @@ __all__ = ['InputError', 'opt', 'flag', 'limits', 'checked', 'near', 'check_name
 import argparse
 import difflib
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 
 # %% ../nbs/63_cli.ipynb #0f6623cc
 class InputError(ValueError):
@@ -29,10 +31,11 @@ def opt(
     high: float = math.inf,  # largest allowed number
     free: bool = False,  # whether it may differ when a run goes on
     positional: bool = False,  # given by place instead of by --name
+    path: bool = False,  # a file or folder, in which ~ is the home folder
 ):
     "A dataclass field with all that is to be known about a setting: default, help, range, freedom."
     facts = dict(help=help, type=type or default.__class__, choices=choices, low=low, high=high,
-                 free=free, positional=positional)
+                 free=free, positional=positional, path=path)
     return field(default=default, metadata=facts)
 
 # %% ../nbs/63_cli.ipynb #065049f4
@@ -53,10 +56,13 @@ def limits(
 # %% ../nbs/63_cli.ipynb #2fbfc2b4
 def checked(
     settings,  # an instance of a dataclass whose fields were made by `opt`
-):  # the same
+):  # the same, with the home folder in place of ~ in its paths
     "Raise an InputError that names the flag if a value has the wrong type, or is not among the allowed ones."
     for f in fields(settings):
         value, m = getattr(settings, f.name), f.metadata
+        if m['path'] and isinstance(value, (str, Path)):
+            value = os.path.expanduser(value)
+            setattr(settings, f.name, value)
         if value is None and f.default is None: continue
         kinds = (int, float) if m['type'] is float else m['type']
         if not isinstance(value, kinds) or isinstance(value, bool) and m['type'] is not bool:
@@ -159,6 +165,10 @@ def run_cli(
 @dataclass
 class OfRun:
     "Flags of a command that reads a run folder."
-    run: str = opt(None, 'run folder, the --out of scott_pretrain', str, positional=True)
+    run: str = opt(None, 'run folder, the --out of scott_pretrain', str, positional=True, path=True)
     data: str = opt(None, "petals, flowers102, pets37, imagenet100 or folder:PATH (default: the run's)", str)
-    data_root: str = opt(None, 'folder of the data sets (default: $SCOTT_DATA, else ~/.cache/scott)', str)
+    data_root: str = opt(None, 'folder of the data sets (default: $SCOTT_DATA, else ~/.cache/scott)', str, path=True)
+    labels: str = opt(None, "CSV file with the labels of a folder: file, label, optional split (default: the run's)",
+                      str, path=True)
+    on_bad_image: str = opt(None, "a broken image stops the command, or is skipped and counted (default: the run's)",
+                            str, choices=('fail', 'skip'))

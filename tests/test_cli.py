@@ -1,8 +1,10 @@
 """Wrong use of the commands: exit code 2, one line that names the thing and the way out, and nothing written over."""
+import ast
 import dataclasses
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -296,7 +298,7 @@ def test_an_unknown_flag_or_no_folder(refused, place, command):
 
 def test_probes_need_labels(refused, place):
     pytest.importorskip(COMMANDS['scott_probe'])
-    assert 'no labels' in refused('scott_probe', place / 'run', '--probes', 'knn')
+    assert 'no image has a label' in refused('scott_probe', place / 'run', '--probes', 'knn')
 
 
 @pytest.mark.parametrize('wrong, words', [
@@ -357,3 +359,39 @@ def test_the_real_command_refuses_a_path_that_is_not_there(place, tmp_path, modu
     done = process(module, *argv)
     assert done.returncode == 2 and done.stdout == '' and len(done.stderr.splitlines()) == 1, done.stderr
     assert '/no/such/place' in done.stderr and not (tmp_path / 'new').exists()
+
+
+# --- advice that can be followed
+
+def flags_in(module):
+    "Every flag that a string of a module names; f-strings piece by piece, no comments."
+    tree = ast.parse((ROOT / 'scott' / module).read_text())
+    words = ' '.join(n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str))
+    return set(re.findall(r'(?<![\w-])--[a-z][a-z-]*[a-z]', words))
+
+
+@pytest.mark.parametrize('modules, commands', [
+    ('probe/*.py', ['scott_probe']), ('look/*.py', ['scott_visualize']), ('lab/bench.py', ['scott_bench']),
+    ('data/*.py', ['scott_pretrain', 'scott_probe', 'scott_visualize'])])
+def test_a_message_names_flags_that_its_command_has(modules, commands):
+    "Data sets are read by three commands: what their messages name, all three have."
+    found = {flag: path.name for path in (ROOT / 'scott').glob(modules) for flag in flags_in(path)}
+    assert found
+    for command in commands:
+        settings = dataclasses.fields(options_of(importlib.import_module(COMMANDS[command])))
+        known = {'--' + f.name.replace('_', '-') for f in settings}
+        assert not {flag: where for flag, where in found.items() if flag not in known}, command
+
+
+@pytest.mark.parametrize('command, words', [('scott_pretrain', '--out ~/new --data folder:~/none'),
+                                            ('scott_probe', '~/run --data folder:~/none'),
+                                            ('scott_visualize', '~/run --data folder:~/none')])
+def test_the_home_folder_in_a_message(refused, place, command, words, monkeypatch):
+    monkeypatch.setenv('HOME', str(place))
+    said = refused(command, *words.split())
+    assert f'folder:{place}/none' in said and '~' not in said
+
+
+def test_the_home_folder_of_a_bench(refused, place, monkeypatch):
+    monkeypatch.setenv('HOME', str(place))
+    assert f'no folder {place}/none' in refused('scott_bench', '--json=~/none/figures.json')

@@ -2,6 +2,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict
@@ -12,9 +13,12 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from scott.look.gallery import CAPTIONS, SAMPLE, Options, check_options, draw, draw_sample, main, page
+from scott.look import gallery as gallery_module
+from scott.look.gallery import CAPTIONS, SAMPLE, Options, check_options, draw, draw_sample, main, map_picture, page, png
+from scott.probe.features import source
 from scott.train.config import Config, build, identity
 from scott.train.files import write_checkpoint
+from scott.train.run import Run
 
 TOY = dict(img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2, device='cpu')
 ALL = ['pca', 'attention', 'search', 'pairs', 'prediction', 'map', 'masks']
@@ -39,7 +43,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp('gallery')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('SCOTT_CACHE', str(folder / 'cache'))
-        write_images(folder / 'images', 60, 80)  # 3 classes of 20, 12 test images
+        write_images(folder / 'images', 77, 80)  # 3 classes, 12 test images
         write_run(folder / 'run')
         yield folder
 
@@ -129,10 +133,58 @@ def test_other_data_registers_and_few_images(place, tmp_path, capsys):
     run = write_run(tmp_path / 'run', reg_tokens=2, mask='multiblock', tokenizer='patch')
     main([str(run), '--data', f'folder:{place}/images/a', '--images', '1'])  # 4 test images, without labels
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and 'the map' in lines[0]
+    assert len(lines) == 2 and lines[0].startswith('left out: the map: no image has a label: use a sub-folder per ')
+    assert '--labels' in lines[0]
     text = (run / 'gallery' / 'gallery.html').read_text()
     assert f'the run was trained on folder:{tmp_path}/images' in text
     assert not (run / 'gallery' / 'pairs.png').exists() and (run / 'gallery' / 'prediction.png').exists()
+
+
+def test_a_part_of_the_images_has_labels(place, monkeypatch):
+    "Images without one are left out of the map, and counted there; the other pictures don't need any."
+    load = gallery_module.load
+    def some(**how):
+        data = load(**how)
+        data.labels[::6] = -1
+        return data
+    monkeypatch.setattr(gallery_module, 'load', some)
+    pictures = draw(Options(str(place / 'run'), images=2)).pictures
+    n = len(load(**source(Options('x'), Run(place / 'run').config), split='test', size=64, fit='center'))
+    assert list(pictures) == ALL
+    assert pictures['map'].title == f'A map of the test images, {-(-n // 6)} without label left out'
+    points = sum(len(c.get_offsets()) for c in pictures['map'].figure.axes[0].collections)
+    assert points == n + -n // 6
+
+
+def test_classes_of_any_name_are_drawn():
+    "Dollars are mathematics for matplotlib, an underscore hides a label, bytes that are no UTF-8 end it."
+    points = dict(trained=torch.randn(12, 8, generator=torch.Generator().manual_seed(0)))
+    names = ['a $x_$ b', '_x', os.fsdecode(b'\xff')]
+    figure = map_picture(points, torch.arange(12) % 3, names, 0).figure
+    assert png(figure)[:4] == b'\x89PNG'
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == [r'a \$x_\$ b', ' _x', r'\xff']
+
+
+def test_a_broken_image_and_the_flag_that_the_message_names(place, tmp_path, capsys):
+    images = shutil.copytree(place / 'images', tmp_path / 'images')
+    for i in range(20): (images / 'a' / f'broken{i:02}.png').write_bytes(b'no picture')  # some are test images
+    words = [str(place / 'run'), '--data', f'folder:{images}', '--images', '2', '--out', str(tmp_path / 'out')]
+    with pytest.raises(SystemExit) as end: main(words)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and '--on-bad-image skip' in said and not (tmp_path / 'out').exists()
+    main([*words, '--on-bad-image', 'skip'])
+    assert 'left out' in capsys.readouterr().out and (tmp_path / 'out' / 'gallery.html').is_file()
+
+
+def test_the_home_folder_in_every_path(place, tmp_path, monkeypatch, capsys):
+    shutil.copytree(place / 'run', tmp_path / 'run')
+    shutil.copytree(place / 'images', tmp_path / 'images')
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    main(['~/run', '--images', '2', '--data', 'folder:~/images', '--out=~/drawn'])
+    assert capsys.readouterr().out.strip() == str(tmp_path / 'drawn' / 'gallery.html')
+    main(['~/run', '--images', '2', '--data', 'folder:~/images'])
+    assert (tmp_path / 'run' / 'gallery' / 'gallery.html').is_file() and not list(tmp_path.glob('~*'))
 
 
 def test_a_collapsed_run(place, tmp_path):

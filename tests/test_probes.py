@@ -1,8 +1,11 @@
 """scott_probe from end to end on a folder of drawn flowers: the table, its JSON, leaks, interruptions and bad input."""
 import json
 import os
+import shlex
+import shutil
 import signal
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 
 from scott.cli import InputError
 from scott.data.petals import petals
-from scott.data.sets import ImageSet
+from scott.data.sets import ImageSet, load
 from scott.encoder import Encoder
 from scott.probe import classifiers as probes
 from scott.probe import features, finetune
@@ -30,13 +33,14 @@ from scott.train.run import Run
 from scott.train.signs import knn
 from scott.train.trainer import Trainer
 
+RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'flowers102-small'
 NAMES = 'knn linear simple multihead cross'.split()
 
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     monkeypatch.setenv('SCOTT_CACHE', str(tmp_path / 'cache'))
-    return write_images(tmp_path / 'flowers', 45)
+    return write_images(tmp_path / 'flowers', 42)  # 36 for training, 6 held out
 
 
 def save(folder, seed, **changes):
@@ -62,6 +66,19 @@ def judge(run, **flags):
     return report.probe(report.Options(str(run), **{'head_epochs': 2, 'aug_epochs': 2, 'tune_epochs': 2, 'amp': 'off', **flags}))
 
 
+def saw(run, hashes):
+    "The run has learned from these pictures."
+    stored = json.loads((run / 'config.json').read_text())
+    (run / 'config.json').write_text(json.dumps({**stored, 'images': len(hashes)}))
+    (run / 'pictures.txt').write_text('\n'.join(hashes) + '\n')
+
+
+def table_of(run, kind=''):
+    "The stored table of the flowers; kind: what else its name tells, e.g. '_paper'."
+    path, = run.glob(f'probe_flowers-??????{kind}.json')
+    return path
+
+
 def fails(capsys, *argv):
     "The command must end with 2 and one line, which is returned."
     with pytest.raises(SystemExit) as stop: report.main([str(a) for a in argv])
@@ -81,16 +98,18 @@ def synthetic(count=200, classes=4, shift=0, apart=3.):
 
 # The table
 
-def test_table_and_json(run, tmp_path, capsys):
+def test_table_and_json(run, data, tmp_path, capsys):
+    saw(run, load(f'folder:{data}').hashes)
     report.main([str(run), '--head-epochs', '2', '--json', str(tmp_path / 'out.json')])
     out = capsys.readouterr().out
     result = json.loads((tmp_path / 'out.json').read_text())
-    assert result == json.loads((run / 'probe_flowers.json').read_text())
+    assert result == json.loads(table_of(run).read_text()) == Run(run).table()
     assert [(r['probe'], r['encoder']) for r in sorted(result['rows'][1:], key=lambda r: NAMES.index(r['probe']))] == [
         (n, e) for n in NAMES for e in ('random initialization', 'context', 'target')]
     assert (result['rows'][0]['probe'], result['rows'][0]['encoder']) == ('knn', 'raw pixels')
-    assert (result['train_images'], result['test_images'], result['classes'], result['img_size']) == (36, 9, 3, 32)
+    assert (result['train_images'], result['test_images'], result['classes'], result['img_size']) == (36, 6, 3, 32)
     assert {'command', 'flags', 'config', 'machine', 'seconds', 'step', 'epoch', 'duplicates'} <= result.keys()
+    assert (result['how_split'], result['unlabeled'], result['labels']) == ('names', 0, None) and result['summary']
     for row in result['rows']:
         assert len(row['seeds']) == 3 and {s['seed'] for s in row['seeds']} == {0, 1, 2}
         assert row['top1'] == pytest.approx(np.mean([s['top1'] for s in row['seeds']]))
@@ -98,7 +117,10 @@ def test_table_and_json(run, tmp_path, capsys):
         low, high = row['top1_interval']
         assert low <= row['top1'] <= high
     assert sum(line.startswith(tuple(NAMES)) and '…' in line for line in out.splitlines()) == 16
-    assert 'supervised from scratch: not run yet' in out and 'transductive' in out
+    assert 'supervised from scratch: not run yet' in out and f'Taken: {result["summary"]}\n' in out
+    head, seen = out.splitlines()[:2]
+    assert 'test images (about a fifth held out, by the hash of the names), 3 classes' in head
+    assert seen.startswith(f'transductive: pre-trained on {result["test_images"]} of the {result["test_images"]} test')
 
 
 def test_the_same_seed_gives_the_same_table(run):
@@ -126,9 +148,9 @@ def test_the_random_row_is_the_start_of_the_run(run):
 
 def test_depth_and_norm_are_read_and_named(run, capsys):
     rows = {}
-    for flags, name in (([], 'flowers'), (['--block', '0'], 'flowers_block0'), (['--no-norm'], 'flowers_raw')):
+    for flags, name in (([], ''), (['--block', '0'], '_block0'), (['--no-norm'], '_raw')):
         report.main([str(run), '--probes', 'linear', *flags])
-        rows[name] = json.loads((run / f'probe_{name}.json').read_text())['rows'][1:]
+        rows[name] = json.loads(table_of(run, name).read_text())['rows'][1:]
         assert ('block 0' in (said := capsys.readouterr().out)) == ('--block' in flags)
         assert ('not normalized' in said) == ('--no-norm' in flags)
     encoder = Encoder.from_pretrained(run / 'target')
@@ -137,13 +159,93 @@ def test_depth_and_norm_are_read_and_named(run, capsys):
     assert not torch.allclose(means[0], means[1]) and not torch.allclose(means[0], means[2])
 
 
-@pytest.mark.parametrize('stored, says', [
-    (dict(contains_test_images=True), 'transductive'), (dict(contains_test_images=False), 'inductive'),
-    (dict(data='petals'), 'transfer: pre-trained on petals'), (dict(data='folder:./here/'), 'transductive'),
-    (dict(contains_test_images=False, images=8), 'unknown: the data set has changed')])
-def test_what_the_pretraining_saw(stored, says):
-    config = {'data': 'folder:here', 'contains_test_images': True, **stored}
-    assert features.learned_from(config, 'folder:here', 9).startswith(says)
+# What the pre-training saw
+
+def splits(train, test):
+    "Two splits whose files have these hashes."
+    def part(hashes):
+        return ImageSet(torch.empty(len(hashes)), None, None, [], 'folder:x', False, [], hashes=list(hashes))
+    return features.Splits(part(train), part(test), 0)
+
+
+@pytest.mark.parametrize('pictures, says', [
+    ('abcd', 'inductive: pre-trained on 4 of the 4 training images, and on none of the 2 test images'),
+    ('abyz', 'inductive: pre-trained on 2 of the 4 training images, and on none of the 2 test images'),
+    ('efabcd', 'transductive: pre-trained on 2 of the 2 test images, without labels, and on 4 of the 4 training'),
+    ('fz', 'transductive: pre-trained on 1 of the 2 test images, without labels, and on 0 of the 4 training images'),
+    ('xyz', 'transfer: pre-trained on 3 other images (folder:/run), on none of the 4 training and 2 test images'),
+    (None, 'unknown: this run kept no list of its images')])
+def test_what_the_pretraining_saw_is_decided_by_pictures(pictures, says):
+    "And by nothing else: settings that say the contrary change nothing."
+    for told in (dict(), dict(contains_test_images=True, images=4, ssl_split='all')):
+        stored = dict(data='folder:/run', **told)
+        run = SimpleNamespace(pictures=pictures and list(pictures), stored=stored)
+        assert features.learned_from(run, 'folder:/other', splits('abcd', 'ef')).startswith(says)
+
+
+def test_copies_of_training_images_are_counted():
+    run = SimpleNamespace(pictures=list('abcd'), stored=dict(data='folder:/run'))
+    said = features.learned_from(run, 'folder:/run', splits('abcd', 'def'))
+    assert said.startswith('transductive: pre-trained on 1 of the 3 test images')
+    assert said.endswith('; 1 of these test images are copies of training images')
+
+
+def seen(run, **flags):
+    "The second line of a short table."
+    return judge(run, probes='knn', seeds=1, **flags)['learned_from']
+
+
+def test_moved_folders_added_files_and_parts_of_a_pool(run, data, tmp_path):
+    "The same pictures under whatever name; others under the same name."
+    train, test = (load(f'folder:{data}', split, 32) for split in ('train', 'test'))
+    n, m = len(train), len(test)
+    saw(run, train.hashes)
+    inductive = f'inductive: pre-trained on {n} of the {n} training images, and on none of the {m} test images'
+    assert seen(run) == inductive
+    assert seen(run, data=f'folder:{shutil.copytree(data, tmp_path / "moved")}') == inductive
+    write_images(data, 60)  # 42 of them as they were
+    assert seen(run).startswith(f'inductive: pre-trained on {n} of the ')
+    other = write_images(tmp_path / 'other', 24, size=40)
+    assert seen(run, data=f'folder:{other}').startswith(f'transfer: pre-trained on {n} other images')
+    saw(run, load(f'folder:{data}').hashes)
+    pool = tmp_path / 'pool'  # the labeled part of what was trained on, without class folders
+    pool.mkdir()
+    lines = ['file,label', *(f'{path.name},{path.parent.name}' for path in sorted(data.rglob('*.png'))[::2])]
+    for path in data.rglob('*.png'): shutil.copy(path, pool)
+    (tmp_path / 'labels.csv').write_text('\n'.join(lines))
+    found = judge(run, probes='knn', seeds=1, data=f'folder:{pool}', labels=str(tmp_path / 'labels.csv'))
+    assert found['unlabeled'] == 30 and found['train_images'] + found['test_images'] == 30
+    k = found['test_images']
+    assert found['learned_from'].startswith(f'transductive: pre-trained on {k} of the {k} test images, without labels')
+    assert '; 30 images without label left out;' in report.table(found).splitlines()[0]
+
+
+@pytest.mark.parametrize('stored, data, says', [
+    (dict(data='flowers102', contains_test_images=True), 'flowers102', 'transductive: pre-trained on all images'),
+    (dict(data='flowers102', contains_test_images=False, images=5), 'flowers102', 'inductive'),
+    (dict(data='petals', ssl_split='all'), 'petals', 'transductive'),
+    (dict(data='petals'), 'pets37', 'transfer: pre-trained on petals'), (dict(data='petals'), 'folder:a', 'unknown'),
+    (dict(data='folder:a', contains_test_images=False), 'folder:a', 'unknown'),
+    (dict(data='folder:a', contains_test_images=True), 'petals', 'unknown')])
+def test_runs_of_earlier_versions_are_told_by_names(stored, data, says):
+    "Where a name stands for the same pictures for ever; a folder's doesn't."
+    run = SimpleNamespace(pictures=None, stored=stored)
+    assert features.learned_from(run, data, splits('a', 'b')).startswith(says)
+
+
+STORED = [p for p in sorted(RESULTS.parent.glob('*/probe_*.json')) if 'learned_from' in p.read_text()]
+
+
+@pytest.mark.parametrize('path', STORED, ids=lambda p: f'{p.parent.name}/{p.name}')
+def test_stored_tables_read_as_they_did(path):
+    "Tables on the pages, of earlier versions: their second line, and their pairs of images."
+    stored = json.loads(path.read_text())
+    run = SimpleNamespace(pictures=None, stored=stored['config'])
+    assert features.learned_from(run, stored['data'], splits('a', 'b')) == stored['learned_from']
+    lines = report.table(stored).splitlines()
+    assert lines[0].startswith(stored['data']) and lines[1] == stored['learned_from'] and not report.is_outdated(stored)
+    if stored['duplicates']:
+        assert lines[-1].startswith(f'{len(stored["duplicates"])} pairs of images have the same pixels: image_')
 
 
 # Agreement with well-kept libraries
@@ -299,7 +401,7 @@ def test_the_released_protocol_flatters(run, capsys):
     assert all(s['chosen_at'] == s['top1'] for r in paper for s in r['seeds'])
     report.main([str(run), '--probes', 'knn', '--protocol', 'paper'])
     assert 'which flatters' in capsys.readouterr().out
-    assert (run / 'probe_flowers_paper.json').is_file() and not (run / 'probe_flowers.json').exists()
+    assert table_of(run, '_paper').is_file() and len(list(run.glob('probe_*'))) == 1
 
 
 def test_the_released_choice_on_flowers_is_the_val_half():
@@ -308,11 +410,29 @@ def test_the_released_choice_on_flowers_is_the_val_half():
     assert report.released_choice('pets37', train, test) is test
 
 
-def test_duplicates_are_reported(run, data, capsys):
-    (data / 'a' / '900.png').write_bytes((data / 'a' / '000.png').read_bytes())
-    report.main([str(run), '--probes', 'knn'])
-    assert '000.png = 900.png' in capsys.readouterr().out
-    assert json.loads((run / 'probe_flowers.json').read_text())['duplicates'] == [['000.png', '900.png']]
+def twins(run, capsys):
+    "The stored pairs, and the line of the table."
+    report.main([str(run), '--probes', 'knn', '--seeds', '1'])
+    line, = (line for line in capsys.readouterr().out.splitlines() if 'same pixels' in line)
+    return json.loads(table_of(run).read_text())['duplicates'], line
+
+
+def test_duplicates_are_named_by_class_and_told_apart(run, data, capsys):
+    "Within a split and class, across two classes, and across the splits: these come first."
+    parts = [load(f'folder:{data}', split, 32, 'center') for split in ('train', 'test')]
+    (a, *more), test = ([Path(n) for n in part.names] for part in parts)
+    b = next(path for path in more if path.parent == a.parent)
+    c = next(path for path in more if path.parent != a.parent)
+    leak, source_ = test[0], next(path for path in more if path.parent == test[0].parent and path not in (b, c))
+    for path in (b, c): path.write_bytes(a.read_bytes())
+    leak.write_bytes(source_.read_bytes())
+    def short(path): return f'{path.parent.name}/{path.name}'
+    pairs, line = twins(run, capsys)
+    assert pairs[0] == [short(source_), short(leak), True, False]
+    assert sorted(pairs[1:]) == sorted([[short(a), short(b), False, False], [short(a), short(c), False, True]])
+    assert line.startswith('3 pairs of images have the same pixels, 1 of them across the splits: '
+                           f'{short(source_)} = {short(leak)} (training and test), ')
+    assert f'{short(a)} = {short(c)} (two classes)' in line and f'{short(a)} = {short(b)},' in line + ','
 
 
 # Stored features and interruptions
@@ -419,9 +539,67 @@ def test_fine_tuning_for_another_time_is_another_row(run, capsys):
     for epochs in ('1', '2', '2'): report.main([str(run), '--probes', 'finetune', '--tune-epochs', epochs])
     assert sorted(tuned()) == [('context', 1), ('context', 2), ('target', 1), ('target', 2)]
     assert capsys.readouterr().out.count('epochs 1') == 2 + 2 + 2  # in each of the three tables
-    (run / 'probe_flowers.json').unlink()
+    table_of(run).unlink()
     report.main([str(run), '--probes', 'knn', '--tune-epochs', '2'])  # only shows what was trained before
     assert tuned() == [('context', 2), ('target', 2)]
+
+
+def test_rows_of_whole_networks_belong_to_their_images(run, data):
+    "Other training images under the old names: trained anew. Other test images: only tested anew. Moved: neither."
+    def row(where=data): return judge(run, data=f'folder:{where}', probes='supervised')['rows'][1]
+    train, test = (load(f'folder:{data}', split, 32).names for split in ('train', 'test'))
+    first = row()
+    Path(test[0]).write_bytes(Path(test[-1]).read_bytes())
+    tested = row()
+    assert tested['tested_on'] != first['tested_on'] and tested['curve'] == first['curve'] and tested['steps_here'] == 0
+    Path(train[0]).write_bytes(Path(train[-1]).read_bytes())
+    trained = row()
+    assert trained['identity']['data'] != first['identity']['data'] and trained['steps_here'] == 15
+    assert row(shutil.copytree(data, data.parent / 'moved')) == json.loads(json.dumps(trained))
+
+
+def test_rows_of_other_images_are_not_in_one_table(run, data, capsys):
+    "The same folder, as many images of the same names; but one of them is another picture."
+    report.main([str(run), '--probes', 'linear', '--seeds', '1'])
+    one, other, *_ = sorted((data / 'a').iterdir())
+    one.write_bytes(other.read_bytes())
+    report.main([str(run), '--probes', 'knn', '--seeds', '1'])
+    assert {r['probe'] for r in Run(run).table()['rows']} == {'knn'}
+
+
+def test_tables_of_the_earlier_split_are_named_and_not_used(run, data, capsys):
+    "Neither its own, whatever its name is; another folder's and a data set's with a name are left alone."
+    report.main([str(run), '--probes', 'linear', '--seeds', '1'])
+    old = json.loads(table_of(run).read_text())
+    del old['how_split'], old['pictures']
+    for path in (table_of(run), run / 'probe_flowers.json'): path.write_text(json.dumps(old))
+    (run / 'probe_other.json').write_text(json.dumps({**old, 'data': 'folder:/other'}))
+    (run / 'probe_flowers102.json').write_text(json.dumps({**old, 'data': 'flowers102'}))
+    (run / 'probe_half.json').write_text('{"data"')
+    capsys.readouterr()
+    report.main([str(run), '--probes', 'knn', '--seeds', '1'])
+    said = [line for line in capsys.readouterr().out.splitlines() if 'earlier split' in line]
+    assert len(said) == 2 and 'run scott_probe again' in said[0] and said[1].startswith('probe_flowers.json was made')
+    assert {r['probe'] for r in json.loads(table_of(run).read_text())['rows']} == {'knn'}
+    assert json.loads((run / 'probe_flowers.json').read_text()) == old
+
+
+def test_two_folders_of_one_name_keep_both_tables(run, tmp_path, capsys):
+    for site in ('site1', 'site2'):
+        data = write_images(tmp_path / site / 'images', 30 if site == 'site1' else 45)
+        report.main([str(run), '--data', f'folder:{data}', '--probes', 'knn', '--seeds', '1'])
+    found = [json.loads(p.read_text())['data'] for p in run.glob('probe_images-??????.json')]
+    assert sorted(found) == [f'folder:{tmp_path}/{site}/images' for site in ('site1', 'site2')]
+
+
+def test_the_command_for_a_missing_row_can_be_followed(run, data, capsys):
+    "It has the flags that choose the images; here without them it would fail."
+    (data / 'a' / 'broken.png').write_bytes(b'no picture')
+    other = shutil.copytree(data, data.parent / 'my photos')
+    report.main([str(run), '--data', f'folder:{other}', '--on-bad-image', 'skip', '--amp', 'off', '--probes', 'knn'])
+    line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith('supervised from scratch'))
+    report.main(shlex.split(line.partition('budget: scott_probe ')[2]))
+    assert 'not run yet' not in capsys.readouterr().out
 
 
 def test_a_second_call_adds_rows_and_another_step_replaces_them(run, capsys):
@@ -466,9 +644,6 @@ def test_a_stopped_training_goes_on_bit_for_bit(run, monkeypatch):
     assert row['curve'] == whole['curve'] and row['seeds'] == whole['seeds'] and row['steps_here'] == 8
 
 
-RESULTS = Path(__file__).parent.parent / 'nbs' / 'results' / 'flowers102-small'
-
-
 def test_rows_that_were_stored_before_are_found_again(tmp_path, monkeypatch):
     "Rows of whole networks, made by an earlier version: today's identity has the same keys, order, values and hash."
     results = Run(RESULTS)
@@ -478,7 +653,8 @@ def test_rows_that_were_stored_before_are_found_again(tmp_path, monkeypatch):
     folders = []
     for row in kept:
         who = row['identity']
-        judge = SimpleNamespace(trained=trained, squashed=None, train=images, test=SimpleNamespace(names=[]),
+        test = SimpleNamespace(names=[], hashes=[], labels=None)
+        judge = SimpleNamespace(trained=trained, squashed=None, train=images, test=test,
                                 encoders={row['encoder']: encoder}, run=SimpleNamespace(folder=tmp_path),
                                 place=finetune.Place(torch.device('cpu'), torch.bfloat16),
                                 options=SimpleNamespace(seed=who['seed']))
@@ -501,6 +677,7 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_a_line(run, capsys):
     (folder / 'row.json').unlink()
     state = load_checkpoint(folder)
     write_checkpoint(folder, dict(step=3, net=state['model']), keep=1)  # its former layout
+    capsys.readouterr()
     assert 'earlier version of scott: remove it' in fails(capsys, run, '--probes', 'supervised')
 
 
@@ -522,6 +699,17 @@ def test_a_training_for_other_labels_is_another(run, data):
     assert (first['identity']['classes'], other['identity']['classes']) == (3, 4) and other['curve'] != first['curve']
 
 
+def test_a_log_file_shows_life(run, monkeypatch, capsys):
+    "Where stderr is no terminal: plain lines, now and then, and no carriage return."
+    report.main([str(run), '--probes', 'knn', '--seeds', '1'])
+    assert capsys.readouterr().err == ''  # it was fast
+    monkeypatch.setattr(report, 'lively', partial(report.lively, seconds=0))
+    report.main([str(run), '--probes', 'knn', '--seeds', '1'])
+    err = capsys.readouterr().err
+    assert '\r' not in err and [line.split(': ')[1] for line in err.splitlines()] == [
+        'knn, raw pixels', 'knn, random initialization', 'knn, context', 'knn, target']
+
+
 # Bad input
 
 def test_bad_flags(run, capsys):
@@ -536,6 +724,24 @@ def test_bad_flags(run, capsys):
     assert 'nowhere' in fails(capsys, run, '--data', 'nowhere')
     assert 'no/such' in fails(capsys, run, '--data', 'folder:no/such')
     assert 'out.json' in fails(capsys, run, '--probes', 'knn', '--json', run / 'no' / 'out.json')
+
+
+def test_the_home_folder_in_every_path(run, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    report.main(['~/run', '--json=~/copy.json', '--data', 'folder:~/flowers', '--probes', 'knn', '--seeds', '1'])
+    assert json.loads((tmp_path / 'copy.json').read_text()) == json.loads(table_of(run).read_text())
+    assert not list(tmp_path.glob('~*'))
+
+
+def test_a_broken_image_and_the_flag_that_the_message_names(run, data, capsys):
+    "The run stopped at broken images; now one has come."
+    (data / 'a' / 'broken.png').write_bytes(b'no picture')
+    assert '--on-bad-image skip' in fails(capsys, run, '--probes', 'knn')
+    report.main([str(run), '--probes', 'knn', '--seeds', '1', '--on-bad-image', 'skip'])
+    assert 'left out' in capsys.readouterr().out
+    report.main([str(run), '--probes', 'linear', '--seeds', '1', '--on-bad-image', 'skip'])
+    assert {r['probe'] for r in json.loads(table_of(run).read_text())['rows']} == {'knn', 'linear'}
 
 
 def test_bad_run_folders(run, tmp_path, capsys):
@@ -561,12 +767,12 @@ def test_spoiled_weights_are_named(run, capsys):
 
 
 def test_labels_that_no_probe_can_use(run, data, tmp_path, capsys):
-    assert 'no labels' in fails(capsys, run, '--data', f'folder:{data / "a"}')
-    one = write_images(tmp_path / 'one', 20)
-    write_images(one, 1, classes=('rare',))
-    assert "class 'rare': 1;" in fails(capsys, run, '--data', f'folder:{one}')
-    same = write_images(tmp_path / 'same', 10, classes=('a',))
-    assert 'two classes' in fails(capsys, run, '--data', f'folder:{same}')
+    said = fails(capsys, run, '--data', f'folder:{data / "a"}')
+    assert 'no image has a label' in said and 'sub-folder per class' in said and '--labels' in said
+    one = write_images(tmp_path / 'one', 40, classes=('a', 'b'))
+    for name in ('rare', 'odd'): write_images(one, 1, classes=(name,))
+    said = fails(capsys, run, '--data', f'folder:{one}')
+    assert 'rare (' in said and 'odd (' in said and ' a (' not in said and 'take these classes out' in said
 
 
 def test_a_class_that_is_only_in_the_test_split(run, data, capsys, monkeypatch):
@@ -576,7 +782,7 @@ def test_a_class_that_is_only_in_the_test_split(run, data, capsys, monkeypatch):
         if split == 'train': part.images, part.labels = (x[part.labels != 2] for x in (part.images, part.labels))
         return part
     monkeypatch.setattr(features, 'load', without_c)
-    assert "class 'c': 0;" in fails(capsys, run)
+    assert 'class c (0): two or more are needed' in fails(capsys, run)
 
 
 def test_scores_of_what_cannot_be_scored():

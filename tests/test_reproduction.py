@@ -44,16 +44,17 @@ def test_one_command_makes_a_stored_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reproduction, 'PROBES', 'knn,linear')
     runs, results = tmp_path / 'runs', tmp_path / 'results'
     reproduction.reproduce('toy', runs, results)
-    stored = {p.name for p in (results / 'toy').iterdir()}
-    assert stored == {'config.json', 'metrics.jsonl', 'learning_curve.json', 'probe_flowers.json',
-                      'probe_flowers_paper.json', 'probe_flowers_block1.json', 'probe_flowers_raw.json'}
-    table = json.loads((results / 'toy' / 'probe_flowers.json').read_text())
+    stored = {re.sub('-[0-9a-f]{6}', '-HASH', p.name) for p in (results / 'toy').iterdir()}
+    assert stored == {'config.json', 'metrics.jsonl', 'learning_curve.json', 'probe_flowers-HASH.json',
+                      'probe_flowers-HASH_paper.json', 'probe_flowers-HASH_block1.json', 'probe_flowers-HASH_raw.json'}
+    path, = (results / 'toy').glob('probe_flowers-??????.json')
+    table = json.loads(path.read_text())
     assert {r['probe'] for r in table['rows']} == {'knn', 'linear', 'supervised', 'finetune'} and not table['missing']
     curve = json.loads((results / 'toy' / 'learning_curve.json').read_text())
     steps = [c['step'] for c in curve]
     assert steps[0] == 0 and steps[-1] == table['step'] == 12 and len(steps) == len(set(steps)) > 3
     reproduction.reproduce('toy', runs, results)  # everything is there: it only probes again
-    assert json.loads((results / 'toy' / 'probe_flowers.json').read_text())['rows'][0] == table['rows'][0]
+    assert json.loads(path.read_text())['rows'][0] == table['rows'][0]
 
 
 def test_an_unknown_run_is_refused(tmp_path):

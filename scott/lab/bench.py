@@ -86,7 +86,7 @@ class Bench:
     ladder: bool = opt(False, 'also exchange the pieces of the baseline for those of the engine, one after the other')
     sweep: bool = opt(False, 'also time the engine for other batches, image sizes and depths')
     host: bool = opt(False, 'only the main thread: milliseconds of each part of a step, and operations of the views')
-    json: str = opt(None, 'file to write the figures to', str)
+    json: str = opt(None, 'file to write the figures to', str, path=True)
 
 def config_of(
     bench: Bench,

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FEATURES_VERSION', 'check_block', 'Features', 'read_tokens', 'encode', 'content_key', 'read_checked', 'Stored',
-           'load_or_encode', 'check_apart', 'duplicates', 'Splits', 'load_labeled', 'learned_from', 'pixel_features']
+           'load_or_encode', 'check_apart', 'Twins', 'duplicates', 'source', 'with_labels', 'pictures_key', 'Splits',
+           'load_labeled', 'told_by_names', 'learned_from', 'pixel_features']
 
 # %% ../../nbs/72_features.ipynb #25514e1e
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +19,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..augment import eval_view
-from ..cli import InputError
-from ..data.decode import fingerprint
+from ..cli import InputError, OfRun
+from ..data.decode import fingerprint, shown
 from ..data.sets import ImageSet, absolute, load
 from ..encoder import Encoder
+from ..train.config import Config
 from ..train.files import digest, write_atomic
+from ..train.run import Run
 
 # %% ../../nbs/72_features.ipynb #e6ce1f9c
 def check_block(
@@ -151,54 +154,118 @@ def check_apart(
                               f'first is {both[0]}: give it splits that have no image in common')
 
 # %% ../../nbs/72_features.ipynb #2f415941
+class Twins(NamedTuple):
+    "Two images with the same pixels."
+    first: str  # class/name of the earlier one
+    second: str
+    splits: bool = False  # whether one is a training and the other a test image
+    classes: bool = False  # whether their labels differ
+
 def duplicates(
-    *sets: ImageSet,  # splits in the same view
-) -> list:  # pairs of file names, the earlier image first
-    "Images with exactly the same pixels, within a split or across splits."
-    first, pairs = {}, []
-    for data in sets:
+    train: ImageSet,  # labeled
+    test: ImageSet,  # labeled, in the same view
+) -> list:  # of `Twins`, those across the splits first
+    "Images with exactly the same pixels, within a split or across both."
+    first, found = {}, []
+    for data in (train, test):
         prints = data.prints or [fingerprint(image.contiguous().numpy()) for image in data.images]
-        for name, seen in zip(data.names, prints):
-            earlier = first.setdefault(seen, name)
-            if earlier != name: pairs.append((Path(earlier).name, Path(name).name))
-    return pairs
+        for name, label, seen in zip(data.names, data.labels.tolist(), prints):
+            own = shown(f'{data.classes[label]}/{Path(name).name}'), label, data
+            earlier = first.setdefault(seen, own)
+            if earlier is not own:
+                found.append(Twins(earlier[0], own[0], earlier[2] is not data, earlier[1] != label))
+    return sorted(found, key=lambda twins: not twins.splits)
+
+# %% ../../nbs/72_features.ipynb #abf7ab60
+def source(
+    options: OfRun,  # flags of the command
+    config: Config,  # settings of the run
+) -> dict:  # name, root, labels and on_bad_image, as `load` takes them
+    "The data set that a command reads: the run's own, or what the flags name in its place."
+    data = options.data or config.data
+    own = config.labels if absolute(data) == absolute(config.data) else None
+    return dict(name=data, root=options.data_root or config.data_root, labels=options.labels or own,
+                on_bad_image=options.on_bad_image or config.on_bad_image)
+
+# %% ../../nbs/72_features.ipynb #a6e9207c
+def with_labels(data: ImageSet) -> ImageSet:
+    "The images of a data set that have a label; the data set itself if all have one."
+    rows = (data.labels >= 0).nonzero().flatten()
+    if len(rows) == len(data): return data
+    lists = {k: [getattr(data, k)[i] for i in rows.tolist()]
+             for k in ('names', 'prints', 'hashes') if getattr(data, k)}
+    identity = data.identity and digest([data.identity, rows])[:16]  # features of these images are others
+    return replace(data, images=data.images[rows], labels=data.labels[rows], aspect=data.aspect[rows],
+                   identity=identity, **lists)
+
+# %% ../../nbs/72_features.ipynb #d6bf22ca
+def pictures_key(
+    *sets: ImageSet,  # labeled
+) -> str:  # 16 hexadecimal digits
+    "A hash over the files' bytes and the labels, in order."
+    return digest([[data.hashes, data.labels] for data in sets])[:16]
 
 # %% ../../nbs/72_features.ipynb #3f433a8c
 class Splits(NamedTuple):
-    "Both official splits of a data set."
+    "Both splits of a data set, as a probe reads them."
     train: ImageSet
     test: ImageSet
+    unlabeled: int  # images left out, because they have no label
 
 def load_labeled(
     name: str,  # data set
     size: int,  # side in pixels
     root: str | None = None,  # where the data sets are
     on_bad_image: str = 'fail',  # or 'skip'
+    labels: str | None = None,  # CSV file with the labels of a folder
 ) -> Splits:
-    "Both official splits in the evaluation view; labels that no probe can learn from are refused."
-    sets = Splits(*(load(name, split, size, 'center', root=root, on_bad_image=on_bad_image)
-                    for split in ('train', 'test')))
-    if any((d.labels < 0).any() for d in sets): raise InputError(f'{name}: no labels: use a sub-folder per class')
-    if len(sets.train.classes) < 2 or not len(sets.test):
-        raise InputError(f'{name}: less than two classes or no test image')
-    for i, c in enumerate(sets.train.classes):
-        if (n := (sets.train.labels == i).sum()) < 2:
-            raise InputError(f'{name}: training images of class {c!r}: {n}; two or more are needed')
-    return sets
+    "Both splits in the evaluation view; labels that no probe can learn from are refused."
+    whole = [load(name, split, size, 'center', root=root, on_bad_image=on_bad_image, labels=labels)
+             for split in ('train', 'test')]
+    if not any((part.labels >= 0).any() for part in whole):
+        raise InputError(f'{shown(name)}: no image has a label: use a sub-folder per class, or name a CSV file with '
+                         '--labels')
+    train, test = map(with_labels, whole)
+    if len(train.classes) < 2 or not len(test):
+        raise InputError(f'{shown(name)}: {len(train.classes)} classes and {len(test)} test images with a label: '
+                         'a probe needs two classes or more, and a test image')
+    counts = train.labels.bincount(minlength=len(train.classes)).tolist()
+    few = [f'{shown(c)} ({n})' for c, n in zip(train.classes, counts) if n < 2]
+    if few: raise InputError(f'{shown(name)}: too few training images in class {", ".join(few)}: two or more are '
+                             'needed; add images, or take these classes out')
+    return Splits(train, test, sum(map(len, whole)) - len(train) - len(test))
 
 # %% ../../nbs/72_features.ipynb #8daeffcc
-def learned_from(
-    config: dict,  # config.json of the run
-    data: str,  # the probes' data set, as it was asked for
-    train_images: int,  # of it
+def told_by_names(
+    stored: dict,  # config.json of a run that kept no hashes
+    data: str,  # the probe's data set, as it was asked for
 ) -> str:
-    "Whether the pre-training has seen the test images."
-    if absolute(config['data']) != absolute(data): return f'transfer: pre-trained on {config["data"]}'
-    if config.get('contains_test_images', config.get('ssl_split', 'all') == 'all'):
+    "What an earlier run has seen of a probe's images: known for data sets with names alone, not for folders."
+    if stored['data'].startswith('folder:') or data.startswith('folder:'):
+        return ('unknown: this run kept no list of its images (an earlier version made it), so nothing tells whether '
+                f'it has seen the test images of {shown(data)}')
+    if stored['data'] != data: return f'transfer: pre-trained on {stored["data"]}'
+    if stored.get('contains_test_images', stored.get('ssl_split', 'all') == 'all'):
         return 'transductive: pre-trained on all images, those of the test split included, without labels'
-    if config.get('images', train_images) != train_images:
-        return 'unknown: the data set has changed since the pre-training, test images may have been among its images'
     return 'inductive: pre-trained on the training split only'
+
+def learned_from(
+    run: Run,  # of the pre-training
+    data: str,  # the probe's data set, as it was asked for
+    splits: Splits,
+) -> str:
+    "What the pre-training has seen of a probe's images: inductive, transductive, transfer or unknown, with counts."
+    if run.pictures is None: return told_by_names(run.stored, data)
+    seen, known = set(run.pictures), set(splits.train.hashes)
+    train = f'{sum(h in seen for h in splits.train.hashes):,} of the {len(splits.train):,} training images'
+    test = [h for h in splits.test.hashes if h in seen]
+    if test:
+        copies = sum(h in known for h in test)
+        return (f'transductive: pre-trained on {len(test):,} of the {len(splits.test):,} test images, without labels, '
+                f'and on {train}' + f'; {copies:,} of these test images are copies of training images' * bool(copies))
+    if known & seen: return f'inductive: pre-trained on {train}, and on none of the {len(splits.test):,} test images'
+    return (f'transfer: pre-trained on {len(run.pictures):,} other images ({shown(run.stored["data"])}), on none of '
+            f'the {len(splits.train):,} training and {len(splits.test):,} test images')
 
 # %% ../../nbs/72_features.ipynb #c9d569c5
 def pixel_features(

@@ -22,7 +22,7 @@ from ..cli import InputError
 from ..data.sets import ImageSet
 from ..encoder import Encoder
 from .classifiers import ranks, scores, summary
-from .features import check_apart, read_tokens
+from .features import check_apart, pictures_key, read_tokens
 from .heads import Recipe
 from ..train.feed import Feed, stream
 from ..train.files import digest, load_checkpoint, write_atomic, write_checkpoint
@@ -136,7 +136,8 @@ def identity(
 ) -> dict:  # what makes a training this training
     "Start, images, recipe."
     chosen = {k: getattr(recipe, k) for k in ('epochs', 'warmup_epochs', 'batch_size', 'lr', 'seed')}
-    return dict(start=digest(net.state_dict()), data=data.name, images=len(data), classes=net.classify.out_features,
+    name = f'folder of {pictures_key(data)}' if data.name.startswith('folder:') else data.name
+    return dict(start=digest(net.state_dict()), data=name, images=len(data), classes=net.classify.out_features,
                 autocast=str(dtype), img_size=size, **chosen)
 
 def place(
@@ -179,11 +180,10 @@ class Training:
         data: ImageSet,  # training images, squashed, with labels
         recipe: Recipe,
         size: int,  # side of the views in pixels
-        folder: Path,  # its place, without the hash that is added to it; a training found there goes on
+        folder: Path,  # its place; a training found there goes on
         dtype: torch.dtype | None = None,  # autocast type; None = float32
     ):
-        device = net.classify.weight.device
-        self.folder = place(folder, identity(net, data, recipe, size, dtype))
+        self.folder, device = folder, net.classify.weight.device
         feed = Feed(data, OneView(data, size, recipe.seed), recipe.batch_size, recipe.seed, device)
         self.labeled = Labeled(net).to(device).train()
         self.trainer = Trainer(self.labeled, feed, recipe.schedule(feed.per_epoch), Place(device, dtype), recipe.seed,
@@ -197,18 +197,18 @@ class Training:
         sound(self.trainer, self.folder)
         write_checkpoint(self.folder, dict(self.trainer.state_dict(), curve=self.curve), keep=1)
 
-    def log(self, line: Line):
+    def log(self, line: Line) -> str:  # shown beside the progress
         "Add an epoch to the curve."
         counts = sound(self.trainer, self.folder)
         self.curve.append(dict(epoch=self.trainer.step // self.per_epoch, loss=counts.loss,
                                train_top1=100 * self.labeled.right.item() / self.per_epoch))
         self.trainer.tally.reset()
         self.labeled.right.zero_()
+        return f'loss {counts.loss:.2f}'
 
     def fit(self) -> list:  # a dict per epoch: epoch, loss, train_top1
         "Train to the end. A signal saves a checkpoint and ends it as SystemExit."
-        show = sys.stderr.isatty()  # no bar in a log file
-        stop = fit(self.trainer, self.log, self.per_epoch, self.save, show=show)
+        stop = fit(self.trainer, self.log, self.per_epoch, self.save)
         if stop.name: sys.exit(stop.code)
         return self.curve
 
@@ -234,15 +234,18 @@ def labeled_row(
         torch.default_generator.manual_seed(recipe.seed)
         net = Classifier(encoder, len(sets.shown.classes)).to(where.device, memory_format=torch.channels_last)
     who, started = identity(net, sets.shown, recipe, size, where.dtype), time.monotonic()
-    file = place(folder, who) / 'row.json'
-    if file.is_file(): return json.loads(file.read_text())
+    home, tested_on = place(folder, who), pictures_key(sets.test)
+    file = home / 'row.json'
+    if file.is_file():
+        row = json.loads(file.read_text())
+        if row.get('tested_on', tested_on) == tested_on: return row  # rows of earlier versions don't tell
     if not train: return None
-    training = Training(net, sets.squashed, recipe, size, folder, where.dtype)
+    training = Training(net, sets.squashed, recipe, size, home, where.dtype)
     begun, curve = training.trainer.step, training.fit()
     logits = answer(net, sets.test, where.dtype)
     run = dict(seed=recipe.seed, **scores(logits, sets.test.labels), epochs=recipe.epochs)
     row = dict(**summary([run], (ranks(logits, sets.test.labels) == 1)[None]), identity=who, curve=curve,
-               machine=describe_machine(where.device), steps_here=training.trainer.step - begun,
+               tested_on=tested_on, machine=describe_machine(where.device), steps_here=training.trainer.step - begun,
                seconds_here=round(time.monotonic() - started, 1))
     write_atomic(file, lambda part: part.write_text(json.dumps(row, indent=1)))
     return row
