@@ -609,6 +609,20 @@ def test_without_labels_the_run_says_so_once(place, tmp_path, capsys):
     assert not any('knn' in m for m in lines(tmp_path / 'run'))
 
 
+def test_labels_of_a_pool_are_looked_at_and_may_be_moved(tmp_path):
+    write_images(tmp_path / 'pool', 32, size=40, classes=('',))
+    lines = [f'{i:03}.png,{"ab"[i % 2]}' for i in range(24)]  # 8 pictures have no label
+    (tmp_path / 'pool.csv').write_text('\n'.join(['file,label', *lines]) + '\n')
+    run = pretrain('demo', **{**TOY, 'knn_every': 1, 'epochs': 2}, data=f'folder:{tmp_path / "pool"}',
+                   labels=tmp_path / 'pool.csv', out=tmp_path / 'run')
+    assert run.stored['images'] == len(run.pictures) == 32 and run.stored['labels'] == str(tmp_path / 'pool.csv')
+    assert run.metrics[-1]['knn_images'] in (2, 3, 4)  # a fifth of each class, without those that are held out
+    moved = (tmp_path / 'pool.csv').rename(tmp_path / 'moved.csv')
+    refused(f'{tmp_path / "pool.csv"}: there is no such file any more', '--labels NEW.csv', out=run.folder, resume=True)
+    pretrain(out=run.folder, resume=True, labels=moved)
+    assert Run(run.folder).config.labels == str(moved) and Run(run.folder).metrics == run.metrics
+
+
 def test_the_quick_knn_takes_pictures_that_have_a_label(monkeypatch):
     n, given = 60, {}
     labels = torch.where(torch.arange(n) % 4 == 0, torch.arange(n) % 3, -1)
