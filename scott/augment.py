@@ -223,7 +223,7 @@ def normalize(
     x: Tensor,          # (B, 3, H, W) in [0, 1]; overwritten
 ) -> Tensor:            # x, so that ImageNet's pixels have mean 0 and standard deviation 1 in each channel
     "Subtracts ImageNet's mean and divides by its standard deviation, channel by channel."
-    lines = torch.tensor([[-mean / std, 1 / std] for mean, std in zip(MEAN, STD)])      # shift and scale of each channel
+    lines = torch.tensor([[-mean / std, 1 / std] for mean, std in zip(MEAN, STD)])      # of each channel
     shift, scale = lines.to(x.device, non_blocking=x.is_cuda)[..., None, None].unbind(1)
     return torch.addcmul(shift, x, scale, out=x)
 

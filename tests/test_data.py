@@ -17,7 +17,7 @@ from scott.data.sets import Files, load
 from scott.cli import InputError
 from scott.data.petals import petal_names, petals
 
-FLOWERS = Path(os.environ.get('SCOTT_DATA', '')) / 'flowers-102'
+FLOWERS = Path(os.environ.get('SCOTT_DATA', '')).resolve() / 'flowers-102'
 GOLDEN = dict(labels=[2, 17, 1, 6, 14, 3, 16, 7], means=[61.3, 89.4, 79.7])      # of petals(20, 32)
 needs_flowers = pytest.mark.skipif('SCOTT_DATA' not in os.environ or not FLOWERS.is_dir(),
                                    reason='$SCOTT_DATA does not name a folder with flowers-102')

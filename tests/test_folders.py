@@ -1,5 +1,9 @@
 "A folder of images: what is taken, what is left out, what is held out, and which line tells it."
+import json
 import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +47,8 @@ def refused(*args, **kwargs):
 
 # --- the walk
 
-HIDDEN = ('.DS_Store', '._00.png', '.ipynb_checkpoints/00-checkpoint.png', '__MACOSX/red/00.png', '@eaDir/00.png/thumb.jpg',
-          'Thumbs.db', 'desktop.ini', '.git/logo.png')
+HIDDEN = ('.DS_Store', '._00.png', '.ipynb_checkpoints/00-checkpoint.png', '__MACOSX/red/00.png',
+          '@eaDir/00.png/thumb.jpg', 'Thumbs.db', 'desktop.ini', '.git/logo.png')
 
 
 @pytest.mark.parametrize('name', HIDDEN)
@@ -122,7 +126,8 @@ def test_names_that_are_no_utf_8(tmp_path):
     data = load(f'folder:{tmp_path}', size=16, cache=tmp_path / '.cache')
     assert len(data) == 37 and data.summary.encode()
     with open(os.fsdecode(os.fsencode(tmp_path) + b'/red/\xff\xfe.png'), 'wb') as file: file.write(b'spoiled')
-    with pytest.raises(InputError, match=r'\\xff\\xfe.png') as error: load(f'folder:{tmp_path}', size=16, cache=tmp_path / '.c')
+    with pytest.raises(InputError, match=r'\\xff\\xfe.png') as error:
+        load(f'folder:{tmp_path}', size=16, cache=tmp_path / '.c')
     assert str(error.value).encode()
 
 
@@ -254,7 +259,8 @@ def listed(tmp_path, text, encoding='utf-8'):
 
 
 def test_a_list_gives_labels_to_a_part_of_a_pool(tmp_path):
-    pool, file = listed(tmp_path, 'file,label\n' + ''.join(f'{i}.png,{"ab"[i % 2]}\n' for i in range(10)) + 'sub\\x.png,a\n')
+    lines = ''.join(f'{i}.png,{"ab"[i % 2]}\n' for i in range(10))
+    pool, file = listed(tmp_path, f'file,label\n{lines}sub\\x.png,a\n')
     folder = read_folder(pool, file)
     assert folder.classes == ['a', 'b'] and folder.kinds.count('') == 10 and '10 without a label' in told(folder)
     assert folder.how == 'names'
@@ -306,3 +312,52 @@ def test_the_line_tells_what_was_converted(tmp_path):
     (tmp_path / 'red' / 'torn.png').write_bytes(b'')
     data = load(f'folder:{tmp_path}', size=16, cache=tmp_path / '.c', on_bad_image='skip')
     assert '1 broken image left out' in data.summary
+
+
+# --- the README's commands
+
+def oddities(root):
+    "A folder of three classes with everything in it that people's folders have."
+    classes(root, 16, suffix='.jpg')
+    Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 200).save(root / 'red' / 'deep.png')
+    Image.new('RGBA', (20, 20), (0, 200, 0, 90)).save(root / 'green' / 'clear.png')
+    picture(1).save(root / 'blue' / 'film.gif', save_all=True, append_images=[picture(2)])
+    picture(3).save(root / 'blue' / 'scan.tif')
+    picture(4).convert('CMYK').save(root / 'blue' / 'print.jpg')
+    put(root, '.ipynb_checkpoints/00-checkpoint.jpg', '__MACOSX/red/00.jpg')
+    for name in ('red/._00.jpg', 'red/Thumbs.db', 'green/notes.txt', 'film.mp4', 'labels.csv'):
+        (root / name).write_bytes(b'no picture')
+    (root / 'gold').mkdir()
+    if os.name == 'nt': return root
+    (root / 'red' / 'again').symlink_to(root)
+    picture(5).save(os.fsdecode(os.fsencode(root) + b'/red/caf\xe9.png'))
+    return root
+
+
+def readme_section():
+    text = (Path(__file__).parent.parent / 'README.md').read_text(encoding='utf-8')
+    return re.search(r'## Your own images\n(.*?)\n## ', text, re.S)[1]
+
+
+def test_the_line_of_the_readme_is_what_a_folder_of_every_kind_gives(tmp_path):
+    data = load(f'folder:{oddities(tmp_path)}', size=16, cache=tmp_path / '.c')
+    assert data.summary in readme_section().splitlines()
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_work_on_a_folder_of_every_kind(tmp_path):
+    "Word for word, but for the path; the package is installed already."
+    commands = re.search(r'```sh\n(.*?)```', readme_section(), re.S)[1].splitlines()
+    env = dict(os.environ, HOME=str(tmp_path), SCOTT_CACHE=str(tmp_path / 'cache'), OMP_NUM_THREADS='1',
+               PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}')
+    said = []
+    for command in commands:
+        if command.startswith('pip install'): continue
+        command = command.replace('PATH/TO/IMAGES', str(oddities(tmp_path / 'photos')) if not said else '')
+        done = subprocess.run(['bash', '-c', command], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert len(said) == 3 and said[0].splitlines()[0] in readme_section().splitlines()
+    assert '3 classes' in said[1] and 'random initialization' in said[1]
+    assert (tmp_path / 'runs' / 'mine' / 'gallery' / 'gallery.html').is_file()
+    assert json.loads((tmp_path / 'runs' / 'mine' / 'config.json').read_text())['pictures'] in readme_section()

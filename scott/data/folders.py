@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OTHERS', 'HELD_OUT', 'PARTS', 'hidden', 'is_run', 'Found', 'kind_of', 'walk', 'without', 'held_out', 'Row',
-           'table_of', 'read_labels', 'given_parts', 'many', 'Folder', 'too_deep', 'classes_of', 'read_folder',
-           'counted', 'left_out', 'told']
+           'table_of', 'read_labels', 'Placed', 'by_list', 'given_parts', 'many', 'too_deep', 'classes_of',
+           'by_folders', 'Folder', 'read_folder', 'counted', 'left_out', 'told']
 
 # %% ../../nbs/77_folders.ipynb #32833106
 from collections import Counter
@@ -146,8 +146,8 @@ def table_of(
     if not {'file', 'label'} <= set(columns) or not lines:
         what = f'its first line is {",".join(columns)!r}' if columns else 'it is empty'
         what = 'it names no picture' if {'file', 'label'} <= set(columns) else what
-        raise InputError(f'--labels {shown(path)}: {what}; its first line must be file,label or file,label,split, and a '
-                         'line for each picture follows')
+        raise InputError(f'--labels {shown(path)}: {what}; its first line must be file,label or file,label,split, and '
+                         'a line for each picture follows')
     return lines
 
 
@@ -171,6 +171,31 @@ def read_labels(
     return rows
 
 # %% ../../nbs/77_folders.ipynb #d9e2ec8d
+class Placed(NamedTuple):
+    "Where each picture belongs."
+    kinds: list   # its class, '' for none
+    given: list   # 'train', 'val' or 'test'; '' for none
+    how: str      # as in `Folder`
+    source: str
+
+
+def by_list(
+    labels,  # path of a list, see `read_labels`
+    names,   # of the pictures
+):
+    "`Placed` by a list of labels. Where it has no split, the names decide; without a label, a picture is for training."
+    rows = read_labels(labels, names)
+    listed = [rows.get(name, Row('', '')) for name in names]
+    kinds, given = [row.label for row in listed], [row.part for row in listed]
+    if not any(given):
+        given = ['test' if row.label and held_out(name) else 'train' for name, row in zip(names, listed)]
+        return Placed(kinds, given, 'names', 'by the hash of their names')
+    if 'train' not in given or len(set(given) - {''}) < 2:
+        missing = 'test or val' if 'train' in given else 'train'
+        raise InputError(f'--labels {shown(labels)}: its split has no {missing} line: add some, or remove the column')
+    return Placed(kinds, given, 'labels', f'as {shown(Path(labels).name)} gives them')
+
+# %% ../../nbs/77_folders.ipynb #d5de6e91
 def given_parts(
     tops,    # names of the top folders that hold pictures
     nested,  # whether each of them holds folders with pictures
@@ -192,34 +217,19 @@ def given_parts(
                          f'{where}/{shown(next(iter(parts)))}')
     return parts
 
-# %% ../../nbs/77_folders.ipynb #d5de6e91
+# %% ../../nbs/77_folders.ipynb #2c34bf1c
 def many(
     n,     # how many
     what,  # in the plural: 'run folders', 'links that lead nowhere'
 ):
     "'2 run folders', '1 run folder', '1 link that leads nowhere'."
     if n == 1:
-        what = what.replace('links to folders that are', 'link to a folder that is').replace('links that lead', 'link that leads')
+        what = what.replace('links to folders that are', 'link to a folder that is')
+        what = what.replace('links that lead', 'link that leads')
         what = what[:-2] if what.endswith('classes') else what.removesuffix('s')
     return f'{n:,} {what}'
 
-# %% ../../nbs/77_folders.ipynb #2c34bf1c
-@dataclass
-class Folder:
-    "The pictures of a folder, with their classes and the split."
-    path: Path
-    found: Found
-    kinds: list   # class of each picture of `found`; '' for none
-    parts: list   # 'train' or 'test' for each
-    how: str      # 'given', 'labels' or 'names': where the split comes from
-    source: str   # the same in words
-
-    @property
-    def classes(self):
-        "Names of the classes, in order."
-        return sorted(set(self.kinds) - {''})
-
-
+# %% ../../nbs/77_folders.ipynb #30f47f35
 def too_deep(
     folder,   # a path
     names,    # of the pictures
@@ -241,9 +251,44 @@ def classes_of(
     "The class of each picture: its first folder, '' where there are no folders."
     kinds = [name.split('/')[0] if '/' in name else '' for name in names]
     if '' in kinds and set(kinds) != {''}:
-        raise InputError(f'folder:{shown(folder)}: {many(kinds.count(""), "images")} beside the class folders; put each '
-                         'into a class, or name their classes with --labels')
+        raise InputError(f'folder:{shown(folder)}: {many(kinds.count(""), "images")} beside the class folders; put '
+                         'each into a class, or name their classes with --labels')
     return kinds
+
+
+def by_folders(
+    folder,  # a path
+    names,   # of the pictures in it
+):
+    "`Placed` by the folders: a given split, or classes and a split by their names."
+    tops = sorted({name.split('/')[0] for name in names if '/' in name})
+    flat = any('/' not in name for name in names)
+    split = {} if flat else given_parts(tops, all(name.count('/') > 1 for name in names), folder)
+    if not split:
+        too_deep(folder, names)
+        given = ['test' if held_out(name) else 'train' for name in names]
+        return Placed(classes_of(folder, names), given, 'names', 'by the hash of their names')
+    last = 'test' if 'test' in split.values() else 'val'
+    sides = [' and '.join(shown(top) for top, part in split.items() if (part == last) is held)
+             for held in (False, True)]
+    return Placed(classes_of(folder, [name.partition('/')[2] for name in names]),
+                  [split[name.split('/')[0]] for name in names], 'given', f'{sides[0]} against {sides[1]}')
+
+# %% ../../nbs/77_folders.ipynb #d5f00510
+@dataclass
+class Folder:
+    "The pictures of a folder, with their classes and the split."
+    path: Path
+    found: Found
+    kinds: list   # class of each picture of `found`; '' for none
+    parts: list   # 'train' or 'test' for each
+    how: str      # 'given', 'labels' or 'names': where the split comes from
+    source: str   # the same in words
+
+    @property
+    def classes(self):
+        "Names of the classes, in order."
+        return sorted(set(self.kinds) - {''})
 
 
 def read_folder(
@@ -254,34 +299,9 @@ def read_folder(
     if not folder.is_dir():
         raise InputError(f'folder:{shown(folder)}: there is no such folder; give the path of a folder of images')
     found = walk(folder)
-    names = found.names
-    if not names:
-        raise InputError(f'folder:{shown(folder)}: no images in it{left_out(found)}')
-    if labels:
-        rows = read_labels(labels, names)
-        listed = [rows.get(name, Row('', '')) for name in names]
-        kinds, given = [row.label for row in listed], [row.part for row in listed]
-        how, source = 'labels', f'as {shown(Path(labels).name)} says'
-        if not any(given):
-            given = ['test' if row.label and held_out(name) else 'train' for name, row in zip(names, listed)]
-            how, source = 'names', 'by the hash of their names'
-        elif 'train' not in given or len(set(given) - {''}) < 2:
-            raise InputError(f'--labels {shown(labels)}: its split has no {"test or val" if "train" in given else "train"} '
-                             'line: add some, or remove the column')
-    else:
-        tops = sorted({name.split('/')[0] for name in names if '/' in name})
-        flat = any('/' not in name for name in names)
-        split = {} if flat else given_parts(tops, all(name.count('/') > 1 for name in names), folder)
-        if split:
-            kinds = classes_of(folder, [name.partition('/')[2] for name in names])
-            given = [split[name.split('/')[0]] for name in names]
-            last = 'test' if 'test' in given else 'val'
-            sides = [' and '.join(shown(top) for top in split if (split[top] == last) is test) for test in (False, True)]
-            how, source = 'given', f'{sides[0]} against {sides[1]}, as the folder gives them'
-        else:
-            too_deep(folder, names)
-            kinds, given = classes_of(folder, names), ['test' if held_out(name) else 'train' for name in names]
-            how, source = 'names', 'by the hash of their names'
+    if not found.names:
+        raise InputError(f'folder:{shown(folder)}: no images in it{left_out(found)}; give a folder that has some')
+    kinds, given, how, source = (by_list(labels, found.names) if labels else by_folders(folder, found.names))
     last = 'test' if 'test' in given else 'val'                # a val beside a test is learned from
     parts = ['test' if part == last else 'train' for part in given]
     learned = {kind for kind, part in zip(kinds, parts) if part == 'train'}
@@ -290,7 +310,7 @@ def read_folder(
                          f'{", ".join(map(shown, new[:5]))}; give it training images, or take it away')
     return Folder(folder, found, kinds, parts, how, source)
 
-# %% ../../nbs/77_folders.ipynb #d0380cfb
+# %% ../../nbs/77_folders.ipynb #2ed0d50a
 def counted(
     found,  # a `Found`
 ):
@@ -330,9 +350,11 @@ def told(
         parts.append(f'{counts[""]:,} without a label')
     for what, few in (('held out', [c for c in classes if not tests[c]]),
                       ('for training', [c for c in classes if tests[c] == counts[c]])):
+        more = f' and {len(few) - 5:,} more' * (len(few) > 5)
         if few:
-            parts.append(f'nothing {what} of {", ".join(map(shown, few[:5]))}' + f' and {len(few) - 5} more' * (len(few) > 5))
+            parts.append(f'nothing {what} of {", ".join(map(shown, few[:5]))}{more}')
     if len(classes) == 1:
-        one = folder.path / classes[0] if folder.how == 'names' and folder.found.names[0].startswith(classes[0]) else ''
-        parts.append('one class gives no table' + (f', for images without labels give folder:{shown(one)}' if one else ''))
+        inner = folder.path / classes[0]
+        way = f', for images without labels give folder:{shown(inner)}' if inner.is_dir() else ''
+        parts.append(f'one class gives no table{way}')
     return ', '.join(parts) + left_out(folder.found)

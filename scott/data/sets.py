@@ -16,7 +16,6 @@ import os
 from scipy.io import loadmat
 from torchvision.datasets import Flowers102, OxfordIIITPet
 from torchvision.transforms import functional as TF
-import numpy as np
 import torch
 
 from ..cli import InputError
@@ -156,7 +155,7 @@ def folder_files(
     classes, line = whole.classes, told(whole)
     chosen = [i for i, part in enumerate(whole.parts) if split in (part, 'all')]
     if not chosen:
-        raise InputError(f'folder:{shown(folder)}: its {split} split is empty ({line}); add images, or give it a split: '
+        raise InputError(f'folder:{shown(folder)}: its {split} split is empty ({line}); add images, or give a split: '
                          'train/ and test/ folders, or --labels')
     return Files(f'folder:{folder}', [folder / whole.found.names[i] for i in chosen],
                  [classes.index(whole.kinds[i]) if whole.kinds[i] else -1 for i in chosen], classes, split != 'train',
