@@ -208,7 +208,7 @@ def test_whatever_can_be_saved_and_has_a_suffix_is_read(tmp_path):
     for suffix, kind in Image.registered_extensions().items():
         if suffix not in picture_suffixes() or kind not in Image.SAVE.keys() - read - {'ICNS'}:    # slow to make
             continue
-        for mode in ('RGB', 'P', 'L', '1'):
+        for mode in ('RGB', 'P', 'L', '1'):                                         # the first one that the format has
             try: RGB.resize((32, 32)).convert(mode).save(tmp_path / f'a{suffix}')
             except (OSError, ValueError): continue                                  # not in this format
             break
@@ -242,8 +242,10 @@ def test_heic_without_pillow_heif_is_no_picture_and_the_reason_names_it(monkeypa
 # --- broken files
 
 def png_of(width, height):
+    "The head of a PNG file, as far as its size."
     head = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
-    return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + b'IHDR' + head + struct.pack('>I', zlib.crc32(b'IHDR' + head))
+    return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + b'IHDR' + head + struct.pack('>I', zlib.crc32(b'IHDR' + head)) + \
+        struct.pack('>I', 99) + b'IDAT'
 
 
 def spoiled(folder):
