@@ -248,7 +248,7 @@ def test_resume_with_other_images(refused, place, tmp_path):
     run('scott_pretrain', *TINY, '--data', f'folder:{folder}', '--out', tmp_path / 'run')
     (folder / '3.png').unlink()
     said = refused('scott_pretrain', '--out', tmp_path / 'run', '--resume')
-    assert f'folder:{folder}: not the 16 pictures that' in said and '--data folder:PATH' in said
+    assert f'folder:{folder}: not the 16 pictures that' in said and '1 gone' in said
 
 
 def test_a_run_on_a_relative_folder_goes_on_from_another_place(place, tmp_path, monkeypatch):
