@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['FILES', 'PUBLISHED', 'Attention', 'sincos_positions', 'feed_forward', 'Block', 'init_blocks', 'Transformer', 'Grid',
-           'patch_grid', 'make_tokenizer', 'find_pretrained', 'load_strictly', 'Pretrained', 'Encoder', 'scott_7_16',
-           'scott_12_16', 'vit_12_16']
+           'patch_grid', 'make_tokenizer', 'find_pretrained', 'load_strictly', 'one_line', 'Pretrained', 'Encoder',
+           'scott_7_16', 'scott_12_16', 'vit_12_16']
 
 # %% ../nbs/13_encoder.ipynb #fe6b9f2f
 import inspect
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -203,19 +204,23 @@ def find_pretrained(
 ) -> str:  # a folder that is there, or OWNER/NAME
     "Where a saved module lies. What can only be a path is never looked for on the Hub; ValueError if it isn't there."
     if source in PUBLISHED: return PUBLISHED[source]
-    folder = Path(source).expanduser()
-    if folder.is_dir(): return str(folder)
+    folder = os.path.expanduser(source)
+    if os.path.isdir(folder):
+        parts = [os.path.join(folder, part) for part in ('target', 'context')]
+        parts = [part for part in parts if os.path.isfile(os.path.join(part, FILES[1]))]
+        if not parts or os.path.isfile(os.path.join(folder, FILES[1])): return folder
+        raise ValueError(f'{source} is a run folder: name one of its encoders, {" or ".join(parts)}')
+    if os.path.isfile(folder): raise ValueError(f'{source} is a file: name the folder that it lies in')
     is_name = isinstance(source, str) and re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', source)
-    if is_name and not folder.parent.exists(): return source
+    if is_name and not os.path.exists(os.path.dirname(folder)): return source
     raise ValueError(f'{source}: no such folder, and no published encoder has that name (published: '
                      f'{", ".join(PUBLISHED) or "none yet"}); a repository of the Hugging Face Hub is OWNER/NAME')
 
 def load_strictly(
     cls: type,  # of the module
     folder: Path,  # with config.json and model.safetensors
-    map_location: str | torch.device,  # where the weights go
     **changes,  # arguments instead of those in config.json
-) -> nn.Module:  # in evaluation mode
+) -> nn.Module:  # in evaluation mode, on the CPU
     "Every argument and every weight must be there, and no other."
     for file in FILES:
         if not (folder / file).is_file(): raise ValueError(f'{file} is missing')
@@ -224,7 +229,11 @@ def load_strictly(
     if wrong: raise ValueError(f'config.json lacks these arguments or has too many: {sorted(wrong)}')
     with torch.random.fork_rng(devices=[]): module = cls(**{**config, **changes})  # random weights, soon replaced
     module.load_state_dict(load_file(folder / 'model.safetensors'))
-    return module.to(map_location).eval()
+    return module.eval()
+
+def one_line(error: Exception) -> str:
+    "What an error reports, without line breaks, 300 characters at most."
+    return ' '.join(str(error).split())[:300]
 
 class Pretrained(PyTorchModelHubMixin):
     "`save_pretrained`, `from_pretrained`, `push_to_hub`: arguments in config.json, weights in model.safetensors."
@@ -242,10 +251,12 @@ class Pretrained(PyTorchModelHubMixin):
         wrong = f'is no {cls.__name__}' if local else 'is no folder here, and the Hugging Face Hub did not give it'
         try:
             folder = place if local else snapshot_download(place, revision=revision, allow_patterns=list(FILES))
-            return load_strictly(cls, Path(folder), map_location, **changes)
+            module = load_strictly(cls, Path(folder), **changes)
         except (OSError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
-            why = ' '.join(str(e).split())[:300]
-            raise ValueError(f'{source} ({", ".join(FILES)}) {wrong}: {why}') from None
+            raise ValueError(f'{source} ({", ".join(FILES)}) {wrong}: {one_line(e)}') from None
+        try: return module.to(map_location)
+        except (AssertionError, RuntimeError) as e:  # PyTorch without CUDA fails an assertion
+            raise ValueError(f'map_location={str(map_location)!r}: {one_line(e)}; cpu is always there') from None
 
 # %% ../nbs/13_encoder.ipynb #79c7c31c
 class Encoder(nn.Module, Pretrained, library_name='scott', tags=['self-supervised', 'vision']):

@@ -68,7 +68,8 @@ def test_a_transparent_level_of_deep_gray():
 
 def png_16_bit_color(values):
     "A PNG file of 16-bit color, which PIL can read but not write; values (h w 3)."
-    def chunk(kind, data): return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
     rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in values)
     head = struct.pack('>IIBBBBB', values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
     return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
@@ -183,7 +184,8 @@ def test_the_hash_is_that_of_the_files_bytes(tmp_path):
     RGB.save(tmp_path / 'a.png')
     (tmp_path / 'copy.png').write_bytes((tmp_path / 'a.png').read_bytes())
     RGB.save(tmp_path / 'other.png', compress_level=0)                              # the same pixels
-    found = [decode(tmp_path / name, *how).hash for name in ('a.png', 'copy.png') for how in ((16, 'squash'), (8, 'center'))]
+    views = (16, 'squash'), (8, 'center')
+    found = [decode(tmp_path / name, *view).hash for name in ('a.png', 'copy.png') for view in views]
     assert set(found) == {sha256((tmp_path / 'a.png').read_bytes()).hexdigest()[:16]}
     assert decode(tmp_path / 'other.png', 16, 'squash').hash not in found
 
@@ -208,7 +210,7 @@ def test_whatever_can_be_saved_and_has_a_suffix_is_read(tmp_path):
     for suffix, kind in Image.registered_extensions().items():
         if suffix not in picture_suffixes() or kind not in Image.SAVE.keys() - read - {'ICNS'}:    # slow to make
             continue
-        for mode in ('RGB', 'P', 'L', '1'):
+        for mode in ('RGB', 'P', 'L', '1'):                                         # the first one that the format has
             try: RGB.resize((32, 32)).convert(mode).save(tmp_path / f'a{suffix}')
             except (OSError, ValueError): continue                                  # not in this format
             break
@@ -242,8 +244,10 @@ def test_heic_without_pillow_heif_is_no_picture_and_the_reason_names_it(monkeypa
 # --- broken files
 
 def png_of(width, height):
+    "The head of a PNG file, as far as its size."
     head = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
-    return b'\x89PNG\r\n\x1a\n' + struct.pack('>I', 13) + b'IHDR' + head + struct.pack('>I', zlib.crc32(b'IHDR' + head))
+    check = zlib.crc32(b'IHDR' + head)
+    return b'\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR' + head + struct.pack('>II', check, 99) + b'IDAT'
 
 
 def spoiled(folder):
@@ -251,7 +255,8 @@ def spoiled(folder):
     whole = BytesIO()
     RGB.resize((300, 300)).save(whole, 'jpeg')
     (folder / 'folder.jpg').mkdir()
-    files = {'empty.jpg': (b'', 'the file is empty'), 'text.jpg': (b'<!DOCTYPE html>', "begins with b'<!DOCTYPE html>'"),
+    files = {'empty.jpg': (b'', 'the file is empty'),
+             'text.jpg': (b'<!DOCTYPE html>', "begins with b'<!DOCTYPE html>'"),
              'short.jpg': (whole.getvalue()[:900], 'truncated'), 'byte.png': (b'\x89', 'begins with'),
              'head.jpg': (whole.getvalue()[:3], 'no picture that PIL can read'),
              'bomb.png': (png_of(60_000, 60_000), 'decompression bomb')}
@@ -273,7 +278,8 @@ def test_every_broken_file_is_one_full_reason(tmp_path):
 
 ODD = [struct.error('unpack requires 4 bytes'), EOFError(), zlib.error('Error -3'), MemoryError(), SyntaxError('no\nPNG'),
        OverflowError('too large'), KeyError(274), ValueError('buffer'), IndexError('out of range'), TypeError('None'),
-       AttributeError('no tile'), RuntimeError('Failed'), RecursionError('deep'), AssertionError(), ZeroDivisionError('0'),
+       AttributeError('no tile'), RuntimeError('Failed'), RecursionError('deep'), AssertionError(),
+       ZeroDivisionError('0'),
        NotImplementedError('kind 7'), UnicodeDecodeError('utf-8', b'\xff', 0, 1, 'invalid'),
        Image.DecompressionBombError('a bomb'), PermissionError(13, 'Permission denied', '/x/a.jpg')]
 

@@ -393,6 +393,44 @@ def test_what_can_only_be_a_path_is_never_looked_for_on_the_hub(tmp_path, monkey
     assert not names and '\n' not in message and str(source) in message and 'no such folder' in message
 
 
+@pytest.mark.parametrize('source', ['~nobody-here/enc', 'a\0b', 'x' * 300, 'runs/' + 'x' * 300])
+def test_odd_paths_are_one_line_as_well(source, tmp_path, monkeypatch):
+    names = asked(monkeypatch, RuntimeError('the Hub was asked'))
+    (tmp_path / 'runs').mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='no such folder'): Encoder.from_pretrained(source)
+    assert not names
+
+
+def test_the_home_folder_is_written_as_a_tilde(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    small().save_pretrained(tmp_path / 'enc')
+    assert Encoder.from_pretrained('~/enc').depth == Encoder.from_pretrained(Path('~/enc')).depth == 2
+
+
+def test_a_run_folder_names_its_encoders(tmp_path):
+    for part in ('context', 'target'): small().save_pretrained(tmp_path / part)
+    (tmp_path / 'config.json').write_text('{}')
+    with pytest.raises(ValueError, match='is a run folder') as error: Encoder.from_pretrained(tmp_path)
+    assert all(str(tmp_path / part) in str(error.value) for part in ('context', 'target'))
+    small(depth=1).save_pretrained(tmp_path)                  # an encoder that has such folders in it
+    assert Encoder.from_pretrained(tmp_path).depth == 1
+
+
+def test_a_file_names_its_folder(tmp_path):
+    small().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match='is a file: name the folder'):
+        Encoder.from_pretrained(tmp_path / 'model.safetensors')
+
+
+@pytest.mark.parametrize('device', ['tpu', 'xpu', 'cuda:99', 'cuda:one'])
+def test_a_device_that_is_not_there(tmp_path, device):
+    small().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"map_location='{device}'.*cpu is always there") as error:
+        Encoder.from_pretrained(tmp_path, map_location=device)
+    assert '\n' not in str(error.value)
+
+
 def test_owner_and_name_are_looked_for_on_the_hub(tmp_path, monkeypatch):
     small().save_pretrained(tmp_path / 'cache')
     names = asked(monkeypatch, tmp_path / 'cache')

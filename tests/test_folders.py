@@ -5,14 +5,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from scott.cli import InputError
-from scott.data.folders import held_out, read_folder, told, walk
-from scott.data.sets import folder_files, load
+from scott.data.folders import by_folders, held_out, read_folder, told, walk
+from scott.data.sets import absolute, folder_files, load
 
 COLORS = ('red', 'green', 'blue')
 
@@ -47,7 +48,7 @@ def refused(*args, **kwargs):
 
 # --- the walk
 
-HIDDEN = ('.DS_Store', '._00.png', '.ipynb_checkpoints/00-checkpoint.png', '__MACOSX/red/00.png',
+HIDDEN = ('.DS_Store', 'lost+found/x.png', '._00.png', '.ipynb_checkpoints/00-checkpoint.png', '__MACOSX/red/00.png',
           '@eaDir/00.png/thumb.jpg', 'Thumbs.db', 'desktop.ini', '.git/logo.png')
 
 
@@ -107,6 +108,24 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'scandir', locked)
     said = refused(tmp_path)
     assert 'green' in said and 'Permission denied' in said and 'make it readable' in said
+
+
+def test_a_folder_that_vanishes_while_it_is_read_is_named(tmp_path, monkeypatch):
+    classes(tmp_path)
+    scandir = os.scandir
+    def late(path):
+        if Path(path).name == 'red': (tmp_path / 'green').rename(tmp_path.parent / 'elsewhere')
+        return scandir(path)
+    monkeypatch.setattr(os, 'scandir', late)
+    said = refused(tmp_path)
+    assert 'green' in said and 'No such file' in said and 'run the command again' in said
+
+
+def test_the_order_does_not_depend_on_the_spelling(tmp_path):
+    put(tmp_path, 'd/cafe\u0301.png', 'd/caff.png', 'd/cafz.png')
+    put(tmp_path, 'e/caf\u00e9.png', 'e/caff.png', 'e/cafz.png')
+    order = [[normalize('NFC', name) for name in walk(tmp_path / part).names] for part in 'de']
+    assert order[0] == order[1] == ['caff.png', 'cafz.png', 'caf\u00e9.png']
 
 
 def test_a_run_among_the_pictures_is_no_class(tmp_path):
@@ -227,6 +246,28 @@ def test_a_split_that_lacks_a_part(tmp_path):
     assert 'class gold' in refused(tmp_path / 'd')
 
 
+def test_a_split_whose_test_part_has_no_classes(tmp_path):
+    classes(tmp_path / 'train', 4)
+    put(tmp_path, 'test/1.png', 'test/2.png')
+    said = refused(tmp_path)
+    assert '2 images' in said and 'the first is test/1.png' in said and f'give folder:{tmp_path}/train' in said
+    assert 'no labels' not in told(read_folder(tmp_path / 'train'))
+
+
+def test_pictures_beside_classes_are_named(tmp_path):
+    classes(tmp_path, 4)
+    put(tmp_path, 'cover.png')
+    assert '1 image beside the class folders, the first is cover.png' in refused(tmp_path)
+
+
+def test_a_split_with_a_level_too_many(tmp_path):
+    for part in ('train', 'val'): classes(tmp_path / part / 'images', 3)
+    said = refused(tmp_path)
+    assert 'all pictures lie in images' in said and 'move these up, into train and val' in said
+    with pytest.raises(InputError, match='give folder:x/data'):
+        by_folders(Path('x'), ['data/train/a/1.png', 'data/val/a/1.png'])
+
+
 # --- levels
 
 def test_one_level_too_many_names_the_folder_to_give(tmp_path):
@@ -244,6 +285,15 @@ def test_a_single_class_tells_which_folder_to_give(tmp_path):
     assert 'no labels' in told(read_folder(tmp_path / 'photos'))
 
 
+def test_no_folder_and_the_folder_of_a_run_are_refused(tmp_path):
+    put(tmp_path, 'curves.png')
+    (tmp_path / 'config.json').write_text('{"preset": "demo", "data": "petals", "ssl_split": "all"}')
+    assert 'folder of a run' in refused(tmp_path)
+    with pytest.raises(InputError, match='names no folder'):
+        load('folder:', size=16)                                 # an empty variable of the shell
+    assert absolute('folder:') == 'folder:' and absolute('folder:~/x') == f'folder:{Path.home() / "x"}'
+
+
 def test_folders_within_a_class_belong_to_it(tmp_path):
     classes(tmp_path)
     put(tmp_path, 'red/may/1.png', 'red/june/2.png')
@@ -254,6 +304,14 @@ def test_many_classes_are_told_in_short(tmp_path):
     for k in range(30): put(tmp_path, *(f'class{k:02}/{i}.png' for i in range(2 + k % 3)))
     said = told(read_folder(tmp_path))
     assert '30 classes (2 to 4 images each)' in said and len(said) < 400
+
+
+def test_many_endings_are_told_in_short(tmp_path):
+    classes(tmp_path)
+    for i in range(2000): (tmp_path / 'red' / f'DSC.{i:04}').touch()
+    for i in range(3): (tmp_path / 'red' / f'{i}.txt').touch()
+    said = told(read_folder(tmp_path))
+    assert '2,003 files (' in said and '.txt 3, …)' in said and len(said) < 300
 
 
 # --- lists of labels
@@ -275,6 +333,11 @@ def test_a_list_gives_labels_to_a_part_of_a_pool(tmp_path):
     assert data.labels.tolist().count(-1) == 10 and len(data) == 21
 
 
+def test_a_list_may_have_spaces_and_other_columns(tmp_path):
+    pool, file = listed(tmp_path, 'id, file, label\n7, 1.png, a\n8, 2.png, "b, dark"\n')
+    assert read_folder(pool, file).classes == ['a', 'b, dark']
+
+
 def test_a_list_with_a_split(tmp_path):
     pool, file = listed(tmp_path, '\ufefffile,label,split\n' + ''.join(
         f'{i}.png,{"ab"[i % 2]},{"Test" if i < 4 else "train"}\n' for i in range(10)))
@@ -288,6 +351,8 @@ def test_a_list_with_a_split(tmp_path):
     ('name,label\n1.png,a\n', 'first line'), ('file,label\n1.png,a\n99.png,a\n', 'line 3: there is no picture 99.png'),
     ('file,label\n1.png,a\n./1.png,b\n', 'line 3: ./1.png has a line above'), ('file,label\n1.png,\n', 'has no label'),
     ('file,label\n1.png\n', 'has no label'), ('file,label\n,a\n', 'names no file'),
+    ('file,label\n1.png,cat, black\n', 'line 2: it has more fields'), ('file,label,label\n1.png,1,a\n', 'first line'),
+    ('file,label\n"1\n.png",a\n', r'1\n.png'),
     ('file,label,split\n1.png,a,maybe\n', "split 'maybe'"), ('file,label,split\n1.png,a,train\n2.png,a,\n', "split ''"),
     ('file,label,split\n1.png,a,train\n', 'no test or val'), ('file,label,split\n1.png,a,test\n', 'no train'),
     ('file,label,split\n1.png,a,train\n2.png,b,test\n', 'class b')])

@@ -64,10 +64,29 @@ def test_an_apple_gpu_is_asked_for(pretend):
     refused('--amp fp16', 'use --amp off or bf16', device='mps', amp='fp16')
 
 
-@pytest.mark.parametrize('device', ['tpu', 'cuda:one', 'cuda:-1', 'meta', 'xpu', ''])
+@pytest.mark.parametrize('device', ['tpu', 'cuda:one', 'cuda:-1', 'cuda:01', 'CUDA', 'meta', 'hpu', 'gpu', ''])
 def test_no_device_at_all(device, pretend):
     pretend(gpus=[(9, 0)], mps=True)
     refused(f'--device {device}:', 'use auto', device=device)
+
+
+def test_an_intel_gpu_is_refused_with_the_reason(pretend):
+    pretend(gpus=[(9, 0)])
+    for device in ('xpu', 'xpu:0'): refused(f'--device {device}:', 'Intel', 'use --device cpu', device=device)
+
+
+@pytest.mark.parametrize('number', [128, 256, 257, 300])
+def test_a_large_number_is_no_small_one(number, pretend):
+    "PyTorch keeps eight bits of it: cuda:256 would be the first GPU."
+    pretend(gpus=[(9, 0)] * 2)
+    refused(f'--device cuda:{number}:', 'there is no such device', device=f'cuda:{number}')
+
+
+def test_there_is_one_cpu_and_one_apple_gpu(pretend):
+    pretend(mps=True)
+    refused('--device cpu:1:', 'use --device cpu', device='cpu:1')
+    refused('--device mps:1:', 'use --device mps', device='mps:1')
+    assert pick_device('cpu:0').device == torch.device('cpu:0')
 
 
 LINUX = 'processor\t: 0\nmodel name\t: A CPU: the first\nflags\t\t: fpu sse2 {}\n\nprocessor\t: 1\nflags\t: amx_bf16\n'

@@ -22,7 +22,8 @@ from ..cli import InputError
 from .decode import picture_suffixes, shown
 
 # %% ../../nbs/77_folders.ipynb #1d74bd1c
-OTHERS = {'__MACOSX', '@eaDir', 'Thumbs.db', 'desktop.ini', '$RECYCLE.BIN', 'System Volume Information'}
+OTHERS = {'__MACOSX', '@eaDir', '#recycle', 'Thumbs.db', 'desktop.ini', '$RECYCLE.BIN', 'System Volume Information',
+          'lost+found'}
 
 
 def hidden(
@@ -88,8 +89,8 @@ def walk(
                 continue
             entries = sorted(os.scandir(here), key=lambda entry: entry.name)
         except OSError as e:
-            raise InputError(f'folder:{shown(folder)}: {shown(here)} can\'t be read ({e.strerror}): '
-                             'make it readable, or move it away') from e
+            way = 'run the command again' if isinstance(e, FileNotFoundError) else 'make it readable, or move it away'
+            raise InputError(f'folder:{shown(folder)}: {shown(here)} can\'t be read ({e.strerror}): {way}') from e
         folders.append(inside)
         for entry in entries:
             name, kind = f'{inside}/{entry.name}'.lstrip('/'), kind_of(entry, suffixes)
@@ -98,7 +99,8 @@ def walk(
                 left[kind] += 1
             else:
                 into.append(name)
-    return Found(sorted(names, key=lambda name: name.split('/')), left, without(folders, names))
+    names.sort(key=lambda name: normalize('NFC', name).split('/'))
+    return Found(names, left, without(folders, names))
 
 
 def without(
@@ -138,14 +140,16 @@ def table_of(
     "Its lines as dicts. InputError for what is no such file."
     try:
         with open(path, newline='', encoding='utf-8-sig') as file:
-            reader = csv.DictReader(file, strict=True)
+            reader = csv.DictReader(file, strict=True, skipinitialspace=True)
             columns, lines = reader.fieldnames or [], [(reader.line_num, line) for line in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise InputError(f'--labels {shown(path)}: it can\'t be read ({getattr(e, "strerror", None) or e}): name a CSV '
                          'file in UTF-8') from e
-    if not {'file', 'label'} <= set(columns) or not lines:
+    named = [columns.count(column) for column in ('file', 'label', 'split')]
+    known = named in ([1, 1, 0], [1, 1, 1])                        # a column that stands there twice is a mistake
+    if not known or not lines:
         what = f'its first line is {",".join(columns)!r}' if columns else 'it is empty'
-        what = 'it names no picture' if {'file', 'label'} <= set(columns) else what
+        what = 'it names no picture' if known else what
         raise InputError(f'--labels {shown(path)}: {what}; its first line must be file,label or file,label,split, and '
                          'a line for each picture follows')
     return lines
@@ -161,10 +165,12 @@ def read_labels(
         file, label, part = ((line.get(column) or '').strip() for column in ('file', 'label', 'split'))
         name = known.get(normalize('NFC', file.replace('\\', '/').removeprefix('./')))
         wrong = ('it names no file' if not file else
-                 f'there is no picture {file} in the folder' if name is None else
-                 f'{file} has a line above' if name in rows else
-                 f'{file} has no label' if not label else
-                 f'split {part!r} is none of train, val, test' if 'split' in line and part.lower() not in PARTS else '')
+                 f'there is no picture {shown(file)} in the folder, where paths have to begin' if name is None else
+                 f'{shown(file)} has a line above' if name in rows else
+                 f'{shown(file)} has no label' if not label else
+                 'it has more fields than the first line; put "…" around a label with a comma' if None in line else
+                 f'split {shown(part)!r} is none of train, val, test' if 'split' in line and part.lower() not in PARTS
+                 else '')
         if wrong:
             raise InputError(f'--labels {shown(path)}: line {number}: {wrong}; mend or remove that line')
         rows[name] = Row(label, PARTS.get(part.lower(), ''))
@@ -232,7 +238,8 @@ def many(
 # %% ../../nbs/77_folders.ipynb #30f47f35
 def too_deep(
     folder,   # a path
-    names,    # of the pictures
+    names,    # of the pictures, without the folder of their split
+    parts,    # folders of a split; [] for none
 ):
     "InputError if all pictures lie in one folder that holds the class folders; it names that one."
     inner = os.path.commonpath([name.rpartition('/')[0] or '.' for name in names]).replace(os.sep, '/')
@@ -240,19 +247,26 @@ def too_deep(
     beside = any(name.rpartition('/')[0] == inner for name in names)
     if inner not in ('', '.') and below and not beside:
         few = ', '.join(map(shown, below[:3])) + ', …' * (len(below) > 3)
+        way = (f'move these up, into {" and ".join(map(shown, parts))}' if parts
+               else f'give folder:{shown(folder / inner)}')
         raise InputError(f'folder:{shown(folder)}: all pictures lie in {shown(inner)}, which holds the folders {few}: '
-                         f'give folder:{shown(folder / inner)}')
+                         f'{way}')
 
 
 def classes_of(
     folder,  # a path, for messages
-    names,   # of the pictures, without the folder of their split
+    names,   # of the pictures
+    split,   # whether their first folder is a part of a split
 ):
-    "The class of each picture: its first folder, '' where there are no folders."
-    kinds = [name.split('/')[0] if '/' in name else '' for name in names]
+    "The class of each picture: its first folder (in a split its second), '' where there are no folders."
+    folders = [name.split('/')[split:-1] for name in names]
+    kinds = [inner[0] if inner else '' for inner in folders]
     if '' in kinds and set(kinds) != {''}:
-        raise InputError(f'folder:{shown(folder)}: {many(kinds.count(""), "images")} beside the class folders; put '
-                         'each into a class, or name their classes with --labels')
+        first = names[kinds.index('')]
+        part = next(name for name, kind in zip(names, kinds) if kind).split('/')[0]
+        way = f', or give folder:{shown(folder / part)}' * split
+        raise InputError(f'folder:{shown(folder)}: {many(kinds.count(""), "images")} beside the class folders, the '
+                         f'first is {shown(first)}; put each into a class, or name their classes with --labels{way}')
     return kinds
 
 
@@ -264,15 +278,16 @@ def by_folders(
     tops = sorted({name.split('/')[0] for name in names if '/' in name})
     flat = any('/' not in name for name in names)
     split = {} if flat else given_parts(tops, all(name.count('/') > 1 for name in names), folder)
+    too_deep(folder, [name.partition('/')[2] for name in names] if split else names, list(split))
+    kinds = classes_of(folder, names, bool(split))
     if not split:
-        too_deep(folder, names)
         given = ['test' if held_out(name) else 'train' for name in names]
-        return Placed(classes_of(folder, names), given, 'names', 'by the hash of their names')
+        return Placed(kinds, given, 'names', 'by the hash of their names')
     last = 'test' if 'test' in split.values() else 'val'
     sides = [' and '.join(shown(top) for top, part in split.items() if (part == last) is held)
              for held in (False, True)]
-    return Placed(classes_of(folder, [name.partition('/')[2] for name in names]),
-                  [split[name.split('/')[0]] for name in names], 'given', f'{sides[0]} against {sides[1]}')
+    given = [split[name.split('/')[0]] for name in names]
+    return Placed(kinds, given, 'given', f'{sides[0]} against {sides[1]}')
 
 # %% ../../nbs/77_folders.ipynb #d5f00510
 @dataclass
@@ -300,6 +315,8 @@ def read_folder(
         raise InputError(f'folder:{shown(folder)}: this is a file; unpack it, and give the path of a folder of images')
     if not folder.is_dir():
         raise InputError(f'folder:{shown(folder)}: there is no such folder; give the path of a folder of images')
+    if is_run(folder):
+        raise InputError(f'folder:{shown(folder)}: this is the folder of a run; give the folder of the images')
     found = walk(folder)
     if not found.names:
         raise InputError(f'folder:{shown(folder)}: no images in it{left_out(found)}; give a folder that has some')
@@ -317,11 +334,12 @@ def counted(
     found,  # a `Found`
 ):
     "What was left out, in words; '' for nothing."
-    files = sorted((kind, n) for kind, n in found.left.items() if kind.startswith('.') or kind == 'no ending')
-    words = [many(n, kind) for kind, n in sorted(found.left.items()) if (kind, n) not in files]
+    files = Counter({kind: n for kind, n in found.left.items() if kind.startswith('.') or kind == 'no ending'})
+    words = [many(n, kind) for kind, n in sorted(found.left.items()) if kind not in files]
     if files:
-        each = ', '.join(f'{shown(kind)} {n:,}' for kind, n in files)
-        words.insert(0, f'{many(sum(n for _, n in files), "files")} ({each})')
+        few = sorted(files.most_common(6))                 # names with dots in them have thousands of endings
+        each = ', '.join(f'{shown(kind)} {n:,}' for kind, n in few) + ', …' * (len(files) > 6)
+        words.insert(0, f'{many(sum(files.values()), "files")} ({each})')
     if found.empty:
         few = ', '.join(map(shown, found.empty[:3])) + ', …' * (len(found.empty) > 3)
         words.append(f'{many(len(found.empty), "empty folders")} ({few})')
@@ -343,7 +361,7 @@ def told(
     classes, sizes = folder.classes, sorted(n for kind, n in counts.items() if kind)
     each = ', '.join(f'{shown(kind)} {counts[kind]:,}' for kind in classes)
     if len(classes) > 6:
-        each = f'{sizes[0]:,} to {sizes[-1]:,} images each'
+        each = f'{sizes[0]:,} to {sizes[-1]:,} images each' if sizes[0] < sizes[-1] else f'{sizes[0]:,} images each'
     words = f'{many(len(classes), "classes")} ({each})' if classes else 'no labels'
     tests = Counter(kind for kind, part in zip(folder.kinds, folder.parts) if part == 'test')
     held = sum(tests.values())

@@ -153,19 +153,21 @@ def folder_files(
     "Your own images as `Files`: classes and the split as `read_folder` finds them."
     whole = read_folder(folder, labels)
     classes, line = whole.classes, told(whole)
+    number = {'': -1, **{kind: k for k, kind in enumerate(classes)}}
     chosen = [i for i, part in enumerate(whole.parts) if split in (part, 'all')]
     if not chosen:
         raise InputError(f'folder:{shown(folder)}: its {split} split is empty ({line}); add images, or give a split: '
                          'train/ and test/ folders, or --labels')
     return Files(f'folder:{folder}', [folder / whole.found.names[i] for i in chosen],
-                 [classes.index(whole.kinds[i]) if whole.kinds[i] else -1 for i in chosen], classes, split != 'train',
-                 line, whole.how)
+                 [number[whole.kinds[i]] for i in chosen], classes, split != 'train', line, whole.how)
+
 
 def absolute(
     name,  # of a data set
 ):         # the same; folder:PATH with an absolute path
     "So that a run which has written it down can go on from another working directory."
-    return f'folder:{Path(name[7:]).expanduser().resolve()}' if name.startswith('folder:') else name
+    path = name.removeprefix('folder:')
+    return f'folder:{Path(path).expanduser().resolve()}' if path and path != name else name
 
 # %% ../../nbs/20_data.ipynb #06a4923f
 def find_files(
@@ -175,6 +177,8 @@ def find_files(
     labels=None,  # as in `load`
 ):
     "The `Files` of a data set by its name; `InputError` for an unknown name or files that are listed but not there."
+    if name == 'folder:':
+        raise InputError('folder: it names no folder; give folder:PATH')
     if name.startswith('folder:'):
         files = folder_files(Path(name[7:]).expanduser(), split, labels)
     elif labels:

@@ -237,7 +237,8 @@ def twins_line(
     across = sum(pair.splits for pair in pairs)
     named = [f'{a} = {b}' + ' (training and test)' * splits + ' (two classes)' * classes
              for a, b, splits, classes in pairs[:8]]
-    lead = f'{len(pairs)} pairs of images have the same pixels' + f', {across} of them across the splits' * bool(across)
+    lead = f'{len(pairs)} pairs of images have' if len(pairs) > 1 else '1 pair of images has'
+    lead += ' the same pixels' + f', {across} of them across the splits' * bool(across)
     return f'{lead}: {", ".join(named)}' + ', …' * (len(pairs) > 8)
 
 def table(
