@@ -335,7 +335,8 @@ def test_mutilated_files_are_read_or_given_a_reason(tmp_path):
 # --- names
 
 @pytest.mark.parametrize('name, expected', [
-    (b'caf\xe9.jpg', r'caf\xe9.jpg'), ('café 日本.jpg'.encode(), 'café 日本.jpg'), (b'a\nb\x1b[2J.jpg', r'a\nb\x1b[2J.jpg'),
+    (b'caf\xe9.jpg', r'caf\xe9.jpg'), ('café 日本.jpg'.encode(), 'café 日本.jpg'),
+    (b'a\nb\x1b[2J.jpg', r'a\nb\x1b[2J.jpg'),
     (b'\xff\xfe', r'\xff\xfe'), (b"it's.jpg", "it's.jpg")])
 def test_names_can_be_printed(name, expected, monkeypatch):
     path = Path(os.fsdecode(b'/data/' + name))

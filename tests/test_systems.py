@@ -1,4 +1,4 @@
-"What differs from one system to the next: Windows' rules for files, simulated on Linux, and devices that are not there."
+"From one system to the next: Windows' rules for files, simulated on Linux, and devices that are not there."
 import errno
 import fcntl
 import io
@@ -33,7 +33,8 @@ def in_use(path):
     for fd in os.listdir('/proc/self/fd'):
         try: used.add(os.readlink(f'/proc/self/fd/{fd}'))
         except FileNotFoundError: pass                        # the one that listed them
-    with open('/proc/self/maps') as maps: return path in used | {line.rstrip('\n').split(maxsplit=5)[-1] for line in maps}
+    with open('/proc/self/maps') as maps: used |= {line.rstrip('\n').split(maxsplit=5)[-1] for line in maps}
+    return path in used
 
 
 def windows_rules(patch):
@@ -49,7 +50,7 @@ def windows_rules(patch):
         if dir_fd is None: free(path)
         unlink(path, dir_fd=dir_fd)
     def new_fsync(fd):
-        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY: raise OSError(errno.EBADF, 'Bad file descriptor')
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY: raise OSError(errno.EBADF, 'read only')
         fsync(fd)
     def no_link(*_): raise OSError(errno.EPERM, 'no hard links')
     for name, value in dict(replace=new_replace, unlink=new_unlink, fsync=new_fsync, link=no_link).items():
@@ -93,12 +94,13 @@ def test_the_rules_are_those_of_windows(windows, tmp_path):
 
 
 def test_a_run_its_probes_and_its_pictures(run, capsys):
-    assert run.step > 0 and run.encoder('target').features(torch.zeros(1, 3, 48, 48, dtype=torch.uint8)).isfinite().all()
+    image = torch.zeros(1, 3, 48, 48, dtype=torch.uint8)
+    assert run.step > 0 and run.encoder('target').features(image).isfinite().all()
     for _ in range(2):                                        # the second time its features are there
         table.main([str(run.folder), '--probes', 'knn', '--device', 'cpu'])
     assert run.table()['classes'] == 3
     gallery.main([str(run.folder)])
-    assert (run.folder / 'gallery.html').is_file() or list(run.folder.rglob('*.html'))
+    assert list(run.folder.rglob('*.html'))
 
 
 def test_checkpoints(windows, tmp_path):
@@ -181,7 +183,8 @@ def test_a_file_is_replaced_while_a_note_of_it_is_not_open(windows, tmp_path):
 @pytest.mark.parametrize('command', ['scott_pretrain', 'scott_probe', 'scott_bench'])
 def test_a_device_that_is_not_there_is_one_line(command, device, run, tmp_path, capsys):
     if device == 'mps' and torch.backends.mps.is_available(): pytest.skip('it is there')
-    words = {'scott_pretrain': (pretrain.main, ['--preset', 'demo', '--data', run.config.data, '--out', str(tmp_path / 'r')]),
+    out = str(tmp_path / 'r')
+    words = {'scott_pretrain': (pretrain.main, ['--preset', 'demo', '--data', run.config.data, '--out', out]),
              'scott_probe': (table.main, [str(run.folder)]), 'scott_bench': (bench.main, [])}
     main, argv = words[command]
     with pytest.raises(SystemExit) as left: main([*argv, '--device', device])
