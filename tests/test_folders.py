@@ -163,6 +163,12 @@ def test_a_file_that_vanishes_while_the_folder_is_read(tmp_path, monkeypatch):
     assert 'No such file' in str(error.value) and '--on-bad-image skip' in str(error.value)
 
 
+def test_an_archive_is_no_folder(tmp_path):
+    (tmp_path / 'photos.zip').write_bytes(b'PK')
+    assert 'unpack it' in refused(tmp_path / 'photos.zip')
+    assert 'no such folder' in refused(tmp_path / 'photo')
+
+
 # --- held-out images
 
 def test_adding_and_removing_images_moves_no_other(tmp_path):

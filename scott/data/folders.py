@@ -311,6 +311,8 @@ def read_folder(
     labels=None,  # path of a list, see `read_labels`
 ):
     "The `Folder` of a path. InputError says what is wrong with it, and what to do."
+    if folder.is_file():
+        raise InputError(f'folder:{shown(folder)}: this is a file; unpack it, and give the path of a folder of images')
     if not folder.is_dir():
         raise InputError(f'folder:{shown(folder)}: there is no such folder; give the path of a folder of images')
     if is_run(folder):
