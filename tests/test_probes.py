@@ -186,7 +186,11 @@ def test_what_the_pretraining_saw_is_decided_by_pictures(pictures, says):
 def test_copies_of_training_images_are_counted():
     run = SimpleNamespace(pictures=list('abcd'), stored=dict(data='folder:/run'))
     said = features.learned_from(run, 'folder:/run', splits('abcd', 'def'))
-    assert said.startswith('transductive: pre-trained on 1 of the 3 test images')
+    assert said == ('inductive: pre-trained on 4 of the 4 training images, and on none of the 3 test images, '
+                    'but for 1 that are copies of training images')
+    run = SimpleNamespace(pictures=list('abcde'), stored=dict(data='folder:/run'))
+    said = features.learned_from(run, 'folder:/run', splits('abcd', 'def'))
+    assert said.startswith('transductive: pre-trained on 2 of the 3 test images')
     assert said.endswith('; 1 of these test images are copies of training images')
 
 

@@ -167,7 +167,7 @@ def absolute(
 ):         # the same; folder:PATH with an absolute path
     "So that a run which has written it down can go on from another working directory."
     path = name.removeprefix('folder:')
-    return f'folder:{Path(path).expanduser().resolve()}' if path and path != name else name
+    return f'folder:{Path(os.path.expanduser(path)).resolve()}' if path and path != name else name
 
 # %% ../../nbs/20_data.ipynb #06a4923f
 def find_files(
@@ -180,7 +180,7 @@ def find_files(
     if name == 'folder:':
         raise InputError('folder: it names no folder; give folder:PATH')
     if name.startswith('folder:'):
-        files = folder_files(Path(name[7:]).expanduser(), split, labels)
+        files = folder_files(Path(os.path.expanduser(name[7:])), split, labels)
     elif labels:
         raise InputError(f'--labels {shown(labels)}: {name} has labels of its own; lists are for folder:PATH')
     else:
@@ -286,7 +286,7 @@ def load(
     if name == 'petals' and not labels:
         return petals_set(split, size, fit)
     home = Path.home() / '.cache' / 'scott'
-    root = Path(root or os.environ.get('SCOTT_DATA') or home).expanduser()
-    labels = Path(labels).expanduser() if labels else None
-    cache = Path(cache or os.environ.get('SCOTT_CACHE') or home / 'decoded').expanduser()
+    root = Path(os.path.expanduser(root or os.environ.get('SCOTT_DATA') or home))
+    labels = Path(os.path.expanduser(labels)) if labels else None
+    cache = Path(os.path.expanduser(cache or os.environ.get('SCOTT_CACHE') or home / 'decoded'))
     return decoded(find_files(name, split, root, labels), split, size, fit, cache, on_bad_image)

@@ -259,11 +259,13 @@ def learned_from(
     seen, known = set(run.pictures), set(splits.train.hashes)
     train = f'{sum(h in seen for h in splits.train.hashes):,} of the {len(splits.train):,} training images'
     test = [h for h in splits.test.hashes if h in seen]
-    if test:
-        copies = sum(h in known for h in test)
+    copies = sum(h in known for h in test)
+    if len(test) > copies:
         return (f'transductive: pre-trained on {len(test):,} of the {len(splits.test):,} test images, without labels, '
                 f'and on {train}' + f'; {copies:,} of these test images are copies of training images' * bool(copies))
-    if known & seen: return f'inductive: pre-trained on {train}, and on none of the {len(splits.test):,} test images'
+    if known & seen:
+        return (f'inductive: pre-trained on {train}, and on none of the {len(splits.test):,} test images'
+                + f', but for {copies:,} that are copies of training images' * bool(copies))
     return (f'transfer: pre-trained on {len(run.pictures):,} other images ({shown(run.stored["data"])}), on none of '
             f'the {len(splits.train):,} training and {len(splits.test):,} test images')
 

@@ -298,9 +298,9 @@ def merged(
     free = 'probes tune_epochs json device cache_gb run data data_root labels on_bad_image'.split()
     def made(r):  # a flag that an older file lacks counts as its default, its images count as the same
         flags = {**asdict(Options('')), **r.get('flags', {})}
-        same = r.get('pictures', report['pictures'])
-        return [same, *(r.get(k) for k in ('data', 'step', 'config', 'train_images'))], {
-            k: v for k, v in flags.items() if k not in free}
+        config = {k: v for k, v in r.get('config', {}).items() if k not in ('data', 'labels')}  # places, they may move
+        facts = [r.get('pictures', report['pictures']), config, *(r.get(k) for k in ('data', 'step', 'train_images'))]
+        return facts, {k: v for k, v in flags.items() if k not in free}
     if is_outdated(old) or made(old) != made(report): return report
     def key(row): return row['probe'], row['encoder'], row.get('identity', {}).get('epochs')
     here = {key(r) for r in report['rows']}

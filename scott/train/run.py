@@ -100,7 +100,7 @@ def read_metrics(
     folder: str | Path,  # a run folder
 ) -> list:  # one dict per line of metrics.jsonl
     "The metrics of a run, in order; a last line that was cut is left out."
-    path = Path(folder).expanduser() / 'metrics.jsonl'
+    path = Path(os.path.expanduser(folder)) / 'metrics.jsonl'
     try:
         whole = path.read_text().rpartition('\n')[0] if path.is_file() else ''
         return [json.loads(line) for line in whole.splitlines()]
@@ -134,7 +134,7 @@ class Run:
     def __init__(self,
         folder: str | Path,  # the --out of scott_pretrain
     ):
-        self.folder = Path(folder).expanduser()
+        self.folder = Path(os.path.expanduser(folder))
         path = self.folder / 'config.json'
         if not path.is_file():
             raise InputError(f'{folder} is no run folder (it has no config.json): name the --out of scott_pretrain')
