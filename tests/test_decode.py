@@ -276,8 +276,8 @@ def test_every_broken_file_is_one_full_reason(tmp_path):
         assert expected in reason and '\n' not in reason and str(tmp_path) not in reason and 'Errno' not in reason
 
 
-ODD = [struct.error('unpack requires 4 bytes'), EOFError(), zlib.error('Error -3'), MemoryError(), SyntaxError('no\nPNG'),
-       OverflowError('too large'), KeyError(274), ValueError('buffer'), IndexError('out of range'), TypeError('None'),
+ODD = [struct.error('unpack requires 4 bytes'), EOFError(), zlib.error('Error -3'), MemoryError(),
+       SyntaxError('no\nPNG'), OverflowError('too large'), KeyError(274), ValueError('buffer'), IndexError('out of range'), TypeError('None'),
        AttributeError('no tile'), RuntimeError('Failed'), RecursionError('deep'), AssertionError(),
        ZeroDivisionError('0'),
        NotImplementedError('kind 7'), UnicodeDecodeError('utf-8', b'\xff', 0, 1, 'invalid'),
