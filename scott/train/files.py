@@ -217,7 +217,11 @@ def only_writer(
             print(f'{run}: no locks on this file system; see to it that no other process trains there')
         yield
     finally:
-        if lock.is_locked and not (run / 'config.json').exists(): remove(run / '.lock')
+        unused, left = lock.is_locked and not (run / 'config.json').exists(), False
+        if unused:
+            try: remove(run / '.lock')
+            except PermissionError: left = True  # Windows: not while it is open
         lock.release()
+        if left: remove(run / '.lock')
         for folder in new:
             with suppress(OSError): folder.rmdir()  # unless something is in it
