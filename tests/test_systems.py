@@ -69,11 +69,12 @@ def windows(monkeypatch):
 def run(tmp_path_factory):
     "A tiny run under Windows' rules, on images whose classes have names of any alphabet."
     home = tmp_path_factory.mktemp('systems')
-    write_images(home / 'photos', 36, classes=('rose', 'Mädesüß', '日本'))
+    write_images(home / 'photos', 75, classes=('rose', 'Mädesüß', '日本'))
     with pytest.MonkeyPatch.context() as patch:
         windows_rules(patch)
         patch.setenv('SCOTT_CACHE', str(home / 'cache'))
-        yield scott.pretrain('demo', data=f'folder:{home / "photos"}', out=str(home / 'run'), device='cpu', **TINY)
+        made = scott.pretrain('demo', data=f'folder:{home / "photos"}', out=str(home / 'run'), device='cpu', **TINY)
+    return made
 
 
 def test_the_rules_are_those_of_windows(windows, tmp_path):
