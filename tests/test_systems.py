@@ -112,9 +112,9 @@ def test_checkpoints(windows, tmp_path):
 
 def test_an_encoder_is_saved_over_one_that_was_loaded(windows, tmp_path):
     encoder = Encoder(img_size=32, embed_dim=32, depth=1)
-    save_encoder(encoder, tmp_path / 'target')
+    save_encoder(encoder, tmp_path / 'target', 1)
     loaded = Encoder.from_pretrained(tmp_path / 'target')     # a copy of the file's numbers, not a map of them
-    save_encoder(encoder, tmp_path / 'target')
+    save_encoder(encoder, tmp_path / 'target', 2)
     assert torch.equal(loaded.mask_token, encoder.mask_token)
 
 

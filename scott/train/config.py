@@ -91,7 +91,8 @@ class Config:
         papers = [k for k in own if getattr(self, k) == getattr(Config, k)]
         if papers and not any(getattr(self, k) == v for k, v in own.items()):
             raise InputError(f"Config(preset={self.preset!r}) takes no value from that preset and leaves "
-                             f"{', '.join(papers)} as in the paper: write Config.of({self.preset!r}, …), once make_config")
+                             f"{', '.join(papers)} as in the paper: write Config.of({self.preset!r}, …) "
+                             '(make_config until version 0.1)')
 
     @classmethod
     def of(cls,
