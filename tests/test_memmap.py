@@ -66,7 +66,9 @@ start = private()
 first, build = grown(lambda: write_cache(path, paths, side, 'squash', 'toy'))
 del first
 os.utime(path)                                                # as if it were a copy: all pixels are checked
-(images, aspect, broken, prints), check = grown(lambda: read_cache(path))
+cached, check = grown(lambda: read_cache(path))
+images, broken = cached.images, cached.broken
+del cached
 (seen, total), reading = grown(read)
 each = [int(images[i].sum()) for i in range(len(files))]
 copy, copied = grown(images.clone)
