@@ -72,6 +72,13 @@ def test_all_that_pil_opens_is_read_and_the_rest_is_counted_by_its_ending(tmp_pa
     assert 'left out: 4 files (.mpg 1, .txt 2, no ending 1)' in data.summary
 
 
+def test_phones_pictures_that_cannot_be_read_come_with_a_way_out(tmp_path, monkeypatch):
+    classes(tmp_path)
+    (tmp_path / 'red' / 'phone.HEIC').write_bytes(b'')
+    monkeypatch.setattr('scott.data.folders.picture_suffixes', lambda: {'.png'})
+    assert '1 file (.heic 1; pip install pillow-heif for .heic)' in told(read_folder(tmp_path))
+
+
 def test_empty_folders_are_named(tmp_path):
     classes(tmp_path)
     (tmp_path / 'gold' / 'inner').mkdir(parents=True)

@@ -339,7 +339,8 @@ def counted(
     if files:
         few = sorted(files.most_common(6))                 # names with dots in them have thousands of endings
         each = ', '.join(f'{shown(kind)} {n:,}' for kind, n in few) + ', …' * (len(files) > 6)
-        words.insert(0, f'{many(sum(files.values()), "files")} ({each})')
+        hint = '; pip install pillow-heif for .heic' if {'.heic', '.heif'} & files.keys() else ''
+        words.insert(0, f'{many(sum(files.values()), "files")} ({each}{hint})')
     if found.empty:
         few = ', '.join(map(shown, found.empty[:3])) + ', …' * (len(found.empty) > 3)
         words.append(f'{many(len(found.empty), "empty folders")} ({few})')

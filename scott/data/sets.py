@@ -116,7 +116,7 @@ def pets_files(
     folder = root / 'oxford-iiit-pet'
     classes = fetch(OxfordIIITPet, folder).classes
     counts = {'train': dict(trainval=3680), 'test': dict(test=3669), 'all': dict(trainval=3680, test=3669)}[split]
-    lists = {part: (folder / 'annotations' / f'{part}.txt').read_text().splitlines() for part in counts}
+    lists = {part: (folder / 'annotations' / f'{part}.txt').read_text(encoding='utf-8').splitlines() for part in counts}
     rows = [line.split() for part in counts for line in lists[part]]      # image, class from 1, species, breed
     files = Files('pets37', [folder / 'images' / f'{image}.jpg' for image, *_ in rows],
                   [int(label) - 1 for _, label, *_ in rows], list(classes), split != 'train')
@@ -133,7 +133,7 @@ def imagenet100_files(root, split):
     folder = root / 'imagenet100'
     if not (folder / 'Labels.json').exists():
         raise InputError(f'imagenet100: no Labels.json in {folder}; unpack Kaggle\'s ambityga/imagenet100 there')
-    names = json.loads((folder / 'Labels.json').read_text())
+    names = json.loads((folder / 'Labels.json').read_text(encoding='utf-8'))
     parts = {'train': ['train*'], 'test': ['val*'], 'all': ['train*', 'val*']}[split]
     paths = [p for part in parts for p in sorted(folder.glob(f'{part}/*/*.JPEG'), key=lambda p: p.parts[-2:])]
     wnids = sorted({p.parent.name for p in paths})
