@@ -321,6 +321,37 @@ def test_many_endings_are_told_in_short(tmp_path):
     assert '2,003 files (' in said and '.txt 3, …)' in said and len(said) < 300
 
 
+def test_class_folders_one_level_deeper_in_several_folders_are_told(tmp_path):
+    classes(tmp_path / 'batch1', 5), classes(tmp_path / 'batch2', 5)
+    assert 'each with folders in it (blue, green, red): if these are the classes' in told(read_folder(tmp_path))
+    put(tmp_path, 'batch1/beside.png')
+    assert 'each with folders' not in told(read_folder(tmp_path))
+
+
+def test_two_spellings_of_a_class_are_one(tmp_path):
+    put(tmp_path, 'caf\u00e9/1.png', 'cafe\u0301/2.png', 'tea/3.png')
+    if len(list(tmp_path.iterdir())) < 3: pytest.skip('this file system makes one spelling of two')
+    assert read_folder(tmp_path).classes == ['caf\u00e9', 'tea']
+    put(tmp_path / 'flat', '\u00e9.png', 'e\u0301.png')
+    (tmp_path / 'list.csv').write_text('file,label\n\u00e9.png,a\n', encoding='utf-8')
+    assert 'two spellings' in refused(tmp_path / 'flat', tmp_path / 'list.csv')
+
+
+def test_a_run_that_is_about_to_begin_is_no_empty_folder(tmp_path):
+    classes(tmp_path)
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / '.lock').touch()
+    assert '1 run folder' in told(read_folder(tmp_path)) and 'empty' not in told(read_folder(tmp_path))
+
+
+def test_shares_without_numbers_lose_no_folder(tmp_path, monkeypatch):
+    classes(tmp_path)
+    stat = Path.stat
+    def unnumbered(self, **how): return os.stat_result([*stat(self, **how)][:1] + [0] + [*stat(self, **how)][2:])
+    monkeypatch.setattr(Path, 'stat', unnumbered)
+    assert len(walk(tmp_path).names) == 36
+
+
 # --- lists of labels
 
 def listed(tmp_path, text, encoding='utf-8'):
@@ -351,6 +382,8 @@ def test_a_list_with_a_split(tmp_path):
     sets = [load(f'folder:{pool}', s, 16, cache=tmp_path / 'c', labels=file) for s in ('train', 'test')]
     assert [Path(n).name for n in sets[1].names] == ['0.png', '1.png', '2.png', '3.png'] and len(sets[0]) == 17
     assert sets[0].how_split == 'labels' and 'list.csv' in sets[0].summary
+    file.write_text('file,label,split\n1.png,a,train\n2.png,a,val\n3.png,a,test\n')
+    assert 'its val for training' in told(read_folder(pool, file))
 
 
 @pytest.mark.parametrize('text, word', [

@@ -19,7 +19,7 @@ from scott.data.petals import petals
 from scott.data.sets import ImageSet, load
 from scott.train.config import Config
 from scott.train.files import load_checkpoint
-from scott.train.pretrain import Pretraining, labeled, main
+from scott.train.pretrain import Pretraining, labeled, main, pretrain
 from scott.train.processes import Group, check_launch, shares
 from scott.train.run import read_metrics
 
@@ -125,6 +125,15 @@ def test_one_process_of_each_machine_makes_the_cache(monkeypatch, rank, local, o
     monkeypatch.setattr(Group, 'wait', lambda self: events.append('wait'))
     assert Group(rank, 4, local).in_turn(lambda: events.append('make') or 5) == 5
     assert events == order.split()
+
+
+def test_processes_that_have_read_different_pictures_are_refused(tmp_path, monkeypatch):
+    for i in range(16): Image.fromarray(np.full((40, 40, 3), i, np.uint8)).save(tmp_path / f'{i}.png')
+    monkeypatch.setenv('SCOTT_CACHE', str(tmp_path / '.cache'))
+    given = {**TOY, 'data': f'folder:{tmp_path}', 'out': str(tmp_path / '.run')}
+    monkeypatch.setattr(Group, 'max', lambda self, number: max(number, 5))     # another process has 5
+    with pytest.raises(InputError, match='the processes have read different pictures'): pretrain(**given)
+    assert not (tmp_path / '.run').exists()
 
 
 # --- the processes of torchrun

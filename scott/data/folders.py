@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OTHERS', 'HELD_OUT', 'PARTS', 'hidden', 'is_run', 'Found', 'kind_of', 'walk', 'without', 'held_out', 'Row',
            'table_of', 'read_labels', 'Placed', 'by_list', 'given_parts', 'many', 'too_deep', 'classes_of',
-           'by_folders', 'Folder', 'read_folder', 'counted', 'left_out', 'told']
+           'by_folders', 'Folder', 'read_folder', 'counted', 'left_out', 'repeated', 'told']
 
 # %% ../../nbs/77_folders.ipynb #32833106
 from collections import Counter
@@ -36,7 +36,9 @@ def hidden(
 def is_run(
     folder,  # a path
 ):
-    "Whether a folder is a run of `scott_pretrain`."
+    "Whether a folder is a run of `scott_pretrain`, or one that is about to begin."
+    if (folder / '.lock').is_file() and len(os.listdir(folder)) == 1:
+        return True
     try:
         settings = json.loads((folder / 'config.json').read_text())
     except (OSError, ValueError):
@@ -80,7 +82,7 @@ def walk(
         here = folder / inside
         try:
             facts = here.stat()
-            if (facts.st_dev, facts.st_ino) in seen:
+            if facts.st_ino and (facts.st_dev, facts.st_ino) in seen:      # some network shares number nothing
                 left['links to folders that are read already'] += 1
                 continue
             seen.add((facts.st_dev, facts.st_ino))
@@ -161,9 +163,11 @@ def read_labels(
 ):
     "What the list says of each picture that it names: name -> `Row`. InputError names the line that is wrong."
     known, rows = {normalize('NFC', name): name for name in names}, {}
+    if twice := set(names) - set(known.values()):
+        raise InputError(f'--labels {shown(path)}: {shown(min(twice))} has two spellings of an accent: rename one')
     for number, line in table_of(path):
-        file, label, part = ((line.get(column) or '').strip() for column in ('file', 'label', 'split'))
-        name = known.get(normalize('NFC', file.replace('\\', '/').removeprefix('./')))
+        file, label, part = (normalize('NFC', line.get(column) or '').strip() for column in ('file', 'label', 'split'))
+        name = known.get(file.replace('\\', '/').removeprefix('./'))
         wrong = ('it names no file' if not file else
                  f'there is no picture {shown(file)} in the folder, where paths have to begin' if name is None else
                  f'{shown(file)} has a line above' if name in rows else
@@ -199,7 +203,8 @@ def by_list(
     if 'train' not in given or len(set(given) - {''}) < 2:
         missing = 'test or val' if 'train' in given else 'train'
         raise InputError(f'--labels {shown(labels)}: its split has no {missing} line: add some, or remove the column')
-    return Placed(kinds, given, 'labels', f'as {shown(Path(labels).name)} gives them')
+    val = ', its val for training' if {'val', 'test'} <= set(given) else ''
+    return Placed(kinds, given, 'labels', f'as {shown(Path(labels).name)} gives them{val}')
 
 # %% ../../nbs/77_folders.ipynb #d5de6e91
 def given_parts(
@@ -260,7 +265,7 @@ def classes_of(
 ):
     "The class of each picture: its first folder (in a split its second), '' where there are no folders."
     folders = [name.split('/')[split:-1] for name in names]
-    kinds = [inner[0] if inner else '' for inner in folders]
+    kinds = [normalize('NFC', inner[0]) if inner else '' for inner in folders]
     if '' in kinds and set(kinds) != {''}:
         first = names[kinds.index('')]
         part = next(name for name, kind in zip(names, kinds) if kind).split('/')[0]
@@ -354,6 +359,16 @@ def left_out(
     return f'; left out: {counted(found)}' if counted(found) else ''
 
 
+def repeated(
+    names,  # of pictures
+):
+    "The folders that several top folders hold, if no picture lies in a top folder itself."
+    if any(name.count('/') < 2 for name in names):
+        return []
+    times = Counter(below for top, below in {tuple(name.split('/')[:2]) for name in names})
+    return sorted(below for below, n in times.items() if n > 1)
+
+
 def told(
     folder,  # a `Folder`
 ):
@@ -378,4 +393,7 @@ def told(
         inner = folder.path / classes[0]
         way = f', for images without labels give folder:{shown(inner)}' if inner.is_dir() else ''
         parts.append(f'one class gives no table{way}')
+    if folder.how == 'names' and (below := repeated(folder.found.names)):
+        few = ', '.join(map(shown, below[:3])) + ', …' * (len(below) > 3)
+        parts.append(f'each with folders in it ({few}): if these are the classes, move them up, or give --labels')
     return ', '.join(parts) + left_out(folder.found)

@@ -190,8 +190,10 @@ def find_files(
         files = known[name](root, split)
         files.summary = f'{len(files.paths):,} images, {len(files.classes)} classes, the official split ({split})'
     files.paths = [p.absolute() for p in files.paths]        # the same names from every working directory
+    if name.startswith('folder:'):                           # what vanishes from it now is a broken image
+        return files
     missing = [shown(p) for p in files.paths if not p.is_file()]
-    if missing and not name.startswith('folder:'):           # what vanishes from a folder is a broken image
+    if missing:
         raise InputError(f'{name}: {len(missing):,} listed images are not there, the first is {missing[0]}; '
                          'delete the folder to fetch it again')
     return files

@@ -222,6 +222,7 @@ def only_writer(
             try: remove(run / '.lock')
             except PermissionError: left = True  # Windows: not while it is open
         lock.release()
-        if left: remove(run / '.lock')
+        if left:
+            with suppress(OSError): remove(run / '.lock')  # the next process may have it already
         for folder in new:
             with suppress(OSError): folder.rmdir()  # unless something is in it

@@ -295,6 +295,9 @@ def prepare(
     data = group.in_turn(lambda: load(cfg.data, cfg.ssl_split, round(cfg.img_size * SIDE), root=cfg.data_root,
                                       on_bad_image=cfg.on_bad_image, labels=cfg.labels))
     if data.summary and group.rank == 0: print(data.summary, flush=True)
+    if not group.same(int(digest(data.hashes)[:15], 16)):
+        raise InputError(f'{data.name}: the processes have read different pictures: it changed meanwhile, or another '
+                         'machine has another copy; run the command again on the same pictures')
     if state: check_pictures(Run(run), data)
     training = Pretraining(cfg, data, jepa, None if group.rank else labeled(cfg, data), group)
     training.open(state)

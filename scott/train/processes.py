@@ -113,6 +113,10 @@ class Group:
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return largest.item()
 
+    def same(self, number: int) -> bool:
+        "Whether all processes have this number."
+        return self.max(number) == -self.max(-number)
+
     def wait(self):
         "Go on when all are here."
         if self.world > 1: dist.barrier()
