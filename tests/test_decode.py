@@ -309,7 +309,7 @@ def test_what_the_system_refused_is_tried_again(error, again, tmp_path, monkeypa
     monkeypatch.setattr(module, 'decode', fail)
     cached = write_cache(tmp_path / 'c.npy', [tmp_path / 'a.png'], 16, 'squash', 'x')
     assert len(cached.broken) == 1 and (read_cache(tmp_path / 'c.npy') is None) == again
-    monkeypatch.setattr(os, 'access', lambda *_: False)                             # still no permission: no use
+    monkeypatch.setattr(module, 'readable', lambda _: False)                        # still no permission: no use
     assert read_cache(tmp_path / 'c.npy').broken == cached.broken
 
 

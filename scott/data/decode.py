@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['TURNS', 'VERSION', 'add_heif', 'picture_suffixes', 'stretched', 'to_rgb', 'Decoded', 'opened', 'turn_of', 'decode',
            'shown', 'reason_of', 'files_key', 'map_pixels', 'stamp', 'fingerprint', 'write_note', 'Cached', 'checked',
-           'open_cache', 'read_cache', 'in_order', 'begin_array', 'write_pictures', 'write_cache']
+           'open_cache', 'read_cache', 'readable', 'reported', 'in_order', 'begin_array', 'write_pictures',
+           'write_cache']
 
 # %% ../../nbs/62_decode.ipynb #f5f99e7c
 from collections import Counter, deque
@@ -19,6 +20,7 @@ import math
 import mmap
 import os
 import sys
+import time
 
 from PIL import EpsImagePlugin, Image, ImageFile, ImageOps, UnidentifiedImageError
 from torchvision.transforms import InterpolationMode
@@ -274,7 +276,7 @@ def read_cache(
     "A `Cached`, or None if there is none; prints a line and returns None if it is damaged."
     try:
         note = json.loads(path.with_suffix('.json').read_text())
-        if any(os.access(file, os.R_OK) for file in note['again']):
+        if any(map(readable, note['again'])):
             return None                     # what the system did not give then may be a good picture
         return open_cache(path, note)
     except FileNotFoundError:
@@ -282,6 +284,35 @@ def read_cache(
     except (OSError, ValueError, KeyError, TypeError, EOFError) as e:
         reason = str(e) if type(e) is ValueError else f'{type(e).__name__}: {e}'
         print(f'damaged cache {shown(path)} ({reason}): decoding again')
+
+# %% ../../nbs/62_decode.ipynb #39d74e12
+def readable(
+    path,  # of a file
+):
+    "Whether its bytes can be read, all of them."
+    try:
+        with open(path, 'rb') as file:
+            return file.read() is not None
+    except OSError:
+        return False
+
+
+def reported(
+    items,        # an iterable
+    label,        # what they are of
+    total,        # how many there are
+    seconds=60.,  # between two lines, where stderr is no terminal
+):
+    "The same items, with the progress on stderr: a bar in a terminal, elsewhere a plain line now and then."
+    bar = tqdm(items, label, total, disable=None, unit='image')
+    begun = last = time.monotonic()
+    for n, item in enumerate(bar, 1):
+        yield item
+        now = time.monotonic()
+        if bar.disable and now - last >= seconds:
+            left = (total - n) * (now - begun) / n / 60
+            print(f'{label}: {n:,} of {total:,} decoded, about {left:.0f} minutes left', file=sys.stderr, flush=True)
+            last = now
 
 # %% ../../nbs/62_decode.ipynb #b9229d9a
 def in_order(
@@ -317,7 +348,7 @@ def write_pictures(
     paths,  # image files
     size,   # side, pixels
     fit,    # 'squash' or 'center'
-    label,  # what the progress bar says
+    label,  # what the progress is called
 ):          # the note that describes the file
     "Decode all files into an .npy file of len(paths) rows: the good pictures first, in order."
     def one(path):
@@ -330,7 +361,7 @@ def write_pictures(
     begin_array(file, (len(paths), 3, size, size))
     note, notes = dict(aspect=[], hashes=[], prints=[], broken={}, again=[]), Counter()
     made = in_order(one, paths, 4 * os.cpu_count())
-    for path, found in zip(map(str, paths), tqdm(made, label, len(paths), disable=None, unit='image')):
+    for path, found in zip(map(str, paths), reported(made, label, len(paths))):
         if isinstance(found, Exception):
             note['broken'][path] = reason_of(found)
             if isinstance(found, MemoryError) or getattr(found, 'errno', None):    # its bytes are not to blame
@@ -348,7 +379,7 @@ def write_cache(
     paths,  # image files
     size,   # side, pixels
     fit,    # 'squash' or 'center'
-    label,  # what the progress bar says
+    label,  # what the progress is called
 ):
     "Decode all files into a cache, atomically, and read it as `Cached`. Broken images are left out and listed."
     part = path.with_suffix(f'.{os.getpid()}.part')
