@@ -310,9 +310,8 @@ def reported(
         yield item
         now = time.monotonic()
         if bar.disable and now - last >= seconds:
-            left = (total - n) * (now - begun) / n / 60
+            last, left = now, (total - n) * (now - begun) / n / 60
             print(f'{label}: {n:,} of {total:,} decoded, about {left:.0f} minutes left', file=sys.stderr, flush=True)
-            last = now
 
 # %% ../../nbs/62_decode.ipynb #b9229d9a
 def in_order(

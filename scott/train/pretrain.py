@@ -180,10 +180,8 @@ class Pretraining:
         there = state['identity']
         here = own_identity(there, self.cfg, self.data.hashes, images=len(self.data), draws=DRAWS)
         if wrong := differences(there, here):
-            way = ('This version may read files that the earlier one left out: move these away, or start a new run'
-                   if 'pictures' not in there and here['data'].startswith('folder:') else
-                   'Restore both, or start a new run')
-            raise InputError(f'{self.folder / "checkpoint.pt"} is of another run: {"; ".join(wrong)}. {way}')
+            way = 'Restore both' + ', move away what only this version reads' * ('pictures' not in there)
+            raise InputError(f'{self.folder}/checkpoint.pt is of another run: {"; ".join(wrong)}. {way}, or start anew')
         self.trainer.load_state_dict(state)
         if self.cfg.on_nan == 'stop': self.trainer.tally.forget_bad()  # steps that were skipped before, as asked for
 
