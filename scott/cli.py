@@ -155,6 +155,8 @@ def run_cli(
     prog: str,  # its name
 ):  # what the command returns
     "Run a command; bad input ends it with one line on stderr and exit code 2, Ctrl-C with 130."
+    for stream in (sys.stdout, sys.stderr):  # what a terminal has no sign for is written as \\x…
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
     try: return fn()
     except InputError as e: said, code = ' '.join(str(e).split()), 2
     except KeyboardInterrupt: said, code = 'interrupted', 130

@@ -792,3 +792,36 @@ def test_a_class_that_is_only_in_the_test_split(run, data, capsys, monkeypatch):
 def test_scores_of_what_cannot_be_scored():
     with pytest.raises(ValueError, match='NaN'): probes.scores(torch.full((2, 3), float('nan')), torch.tensor([0, 1]))
     with pytest.raises(InputError, match='knows 3 classes'): probes.scores(torch.zeros(2, 3), torch.tensor([0, 3]))
+
+
+# --- earlier tables
+
+def test_a_damaged_table_is_set_aside_and_loses_nothing(run, capsys):
+    for i, text in enumerate(('{', '[]')): (run / f'probe_other{i}.json').write_text(text)
+    report.main([str(run), '--probes', 'knn', '--seeds', '1'])
+    assert 'probe_other0.json is damaged' in capsys.readouterr().err
+    assert table_of(run).is_file() and not list(run.glob('probe_other?.json'))
+    for i, text in enumerate(('{', '[]')):
+        kept = run / f'probe_other{i}.json.damaged'
+        assert kept.read_text() == text
+        kept.unlink()
+
+
+def test_a_table_is_stored_before_it_is_printed(run, monkeypatch):
+    def broken(_): raise UnicodeEncodeError('ascii', '…', 0, 1, 'no such sign')
+    monkeypatch.setattr(report, 'table', broken)
+    for old in run.glob('probe_flowers-??????.json'): old.unlink()
+    with pytest.raises(UnicodeEncodeError): report.main([str(run), '--probes', 'knn', '--seeds', '1'])
+    assert table_of(run).is_file()
+
+
+def test_classes_that_change_while_a_folder_is_read(tmp_path, monkeypatch):
+    write_images(tmp_path / 'd', 60)
+    def late(name, split, *args, **kwargs):
+        data = load(name, split, *args, **kwargs)
+        if split == 'train': write_images(tmp_path / 'd', 5, classes=('0',))
+        return data
+    monkeypatch.setattr(features, 'load', late)
+    monkeypatch.setenv('SCOTT_CACHE', str(tmp_path / 'c'))
+    with pytest.raises(InputError, match='changed while it was read'):
+        features.load_labeled(f'folder:{tmp_path / "d"}', 16)

@@ -184,7 +184,7 @@ def source(
     "The data set that a command reads: the run's own, or what the flags name in its place."
     data = options.data or config.data
     own = config.labels if absolute(data) == absolute(config.data) else None
-    return dict(name=data, root=options.data_root or config.data_root, labels=options.labels or own,
+    return dict(name=absolute(data), root=options.data_root or config.data_root, labels=options.labels or own,
                 on_bad_image=options.on_bad_image or config.on_bad_image)
 
 # %% ../../nbs/72_features.ipynb #a6e9207c
@@ -225,6 +225,8 @@ def load_labeled(
     if not any((part.labels >= 0).any() for part in whole):
         raise InputError(f'{shown(name)}: no image has a label: use a sub-folder per class, or name a CSV file with '
                          '--labels')
+    if whole[0].classes != whole[1].classes:
+        raise InputError(f'{shown(name)}: its classes changed while it was read: run the command again')
     train, test = map(with_labels, whole)
     if len(train.classes) < 2 or not len(test):
         raise InputError(f'{shown(name)}: {len(train.classes)} classes and {len(test)} test images with a label: '

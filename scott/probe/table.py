@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WHOLE', 'NAMES', 'SPLITS', 'Options', 'check', 'load_encoders', 'released_choice', 'Judge', 'frozen_rows', 'whole',
            'supervised_rows', 'missing', 'all_rows', 'lively', 'probe', 'choices', 'twins_line', 'table', 'table_file',
-           'is_outdated', 'merged', 'outdated', 'main']
+           'merged', 'outdated', 'main']
 
 # %% ../../nbs/74_table.ipynb #59a3ff83
 import copy
@@ -14,7 +14,6 @@ import os
 import shlex
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
@@ -34,7 +33,7 @@ from .heads import Recipe
 from ..train.files import write_atomic
 from ..train.machine import describe_machine, pick_device
 from ..train.pretrain import SIDE
-from ..train.run import Run, read_json
+from ..train.run import Run, is_outdated, read_table
 
 # %% ../../nbs/74_table.ipynb #a8ba2179
 WHOLE = ('supervised', 'finetune')
@@ -113,6 +112,8 @@ class Judge:
             raise InputError(f'the tokens take {need:.2g} GB: raise --cache-gb or drop heads')
         if self.squashed and self.squashed.names != self.train.names:
             raise InputError(f'{shown(self.train.name)}: other images are broken in another view: mend them')
+        if self.squashed and not torch.equal(self.squashed.labels, self.train.labels):
+            raise InputError(f'{shown(self.train.name)}: its classes changed while it was read: run the command again')
         if self.options.protocol == 'paper' and self.train.name == 'flowers102' and self.train.skipped:
             raise InputError('--protocol paper needs all images of flowers102: mend the broken ones')
 
@@ -283,23 +284,22 @@ def table_file(
     return Path(flags['run']) / f'probe_{name}{"_paper" * (flags["protocol"] == "paper")}.json'
 
 # %% ../../nbs/74_table.ipynb #27f9884d
-def is_outdated(
-    report: dict,  # as stored by some version
-) -> bool:
-    "Whether a table was made with the earlier split of folders."
-    return str(report.get('data')).startswith('folder:') and 'how_split' not in report
-
 def merged(
     report: dict,  # from `probe`
     path: Path,  # where an earlier one may be
 ) -> dict:  # the report, with the earlier one's other rows
     "Keep rows that were made with the same weights, images and flags for other probes."
-    old = read_json(path, 'remove it') if path.is_file() else {}
+    try: old = read_table(path, f'it is kept as {path.name}.damaged')
+    except InputError as e:
+        print(e, file=sys.stderr)
+        path.replace(f'{path}.damaged')
+        return report
     free = 'probes tune_epochs json device cache_gb run data data_root labels on_bad_image'.split()
     def made(r):  # a flag that an older file lacks counts as its default, its images count as the same
         flags = {**asdict(Options('')), **r.get('flags', {})}
         config = {k: v for k, v in r.get('config', {}).items() if k not in ('data', 'labels')}  # places, they may move
-        facts = [r.get('pictures', report['pictures']), config, *(r.get(k) for k in ('data', 'step', 'train_images'))]
+        facts = [r.get('pictures', report['pictures']), config, str(r.get('data')).partition(':')[0],
+                 *(r.get(k) for k in ('step', 'train_images'))]
         return facts, {k: v for k, v in flags.items() if k not in free}
     if is_outdated(old) or made(old) != made(report): return report
     def key(row): return row['probe'], row['encoder'], row.get('identity', {}).get('epochs')
@@ -314,11 +314,10 @@ def outdated(
     "The tables of the same folder in this run that were made with the earlier split."
     found, here = [], absolute(report['data'])
     for path in sorted(table_file(report).parent.glob('probe_*.json')):
-        with suppress(InputError):  # damaged: it is shown as little
-            old = read_json(path, 'remove it')
-            if is_outdated(old) and absolute(old['data']) == here: found.append(
-                f'{path.name} was made with an earlier split of this folder, and so on other test images: not shown; '
-                'run scott_probe again for its rows, and remove it')
+        old = read_table(path, 'remove it')
+        if is_outdated(old) and absolute(old['data']) == here: found.append(
+            f'{path.name} was made with an earlier split of this folder, and so on other test images: not shown; '
+            'run scott_probe again for its rows, and remove it')
     return found
 
 # %% ../../nbs/74_table.ipynb #75ca0d57
@@ -330,8 +329,9 @@ def main(
         options = parse_args(Options, argv, 'scott_probe')
         report = dict(command='scott_probe ' + shlex.join(sys.argv[1:] if argv is None else argv), **probe(options))
         path = table_file(report)
-        report = merged(report, path)
-        print(table(report), *outdated(report), sep='\n')
+        for earlier in sorted(path.parent.glob('probe_*.json')): report = merged(report, earlier)
+        notes = outdated(report)
         for file in (path, *([Path(options.json)] if options.json else [])):
             write_atomic(file, lambda part: part.write_text(json.dumps(report, indent=1)))
+        print(table(report), *notes, sep='\n')
     run_cli(command, 'scott_probe')
