@@ -238,5 +238,5 @@ class Run:
             what = f'{self.folder} has {f"no table {data}" if data else "several tables"}'
             raise InputError(f'{what}: name one of {", ".join(valid or found)}')
         if data not in valid:
-            raise InputError(f'{found[data]} is of an earlier version (another split): run scott_probe {self.folder} again')
+            raise InputError(f'{found[data]} is of an earlier version: run scott_probe {self.folder} again')
         return read_table(found[data], 'run scott_probe again')
