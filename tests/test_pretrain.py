@@ -242,11 +242,23 @@ def test_settings_from_python_and_a_resume_that_contradicts(again, data):
     assert pretrain(Run(again).config, resume=True).step == 20  # a Config is as good as names
 
 
+def as_before(run):
+    "Take away what an earlier version did not write."
+    (run / 'pictures.txt').unlink()
+    stored = json.loads((run / 'config.json').read_text())
+    (run / 'config.json').write_text(json.dumps({k: v for k, v in stored.items() if k not in ('pictures', 'how_split')}))
+
+
+def test_a_lost_list_of_pictures_is_named(again):
+    (again / 'pictures.txt').unlink()
+    refused('pictures.txt is missing', 'restore it', out=again, resume=True)
+
+
 def test_another_data_set_is_refused(again, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(module, 'load', lambda *_, **__: flowers())
         with pytest.raises(InputError, match='32 gone'): pretrain(out=again, resume=True)
-        (again / 'pictures.txt').unlink()  # as an earlier version left it
+        as_before(again)
         with pytest.raises(InputError, match='images is 32 there and 35 here'): pretrain(out=again, resume=True)
     write_checkpoint(again, dict(step=1))
     with pytest.raises(InputError, match='was not written by scott_pretrain'): pretrain(out=again, resume=True)
@@ -329,7 +341,7 @@ def test_new_names_in_the_same_order_are_the_same_pictures(halted, straight):
 
 def test_a_run_of_an_earlier_version_goes_on_where_it_was(halted, straight, tmp_path):
     run, photos = halted
-    (run / 'pictures.txt').unlink()
+    as_before(run)
     state = load_checkpoint(run)
     there = {k: v for k, v in state['identity'].items() if k != 'pictures'}
     elsewhere = {**there, 'data': 'folder:/elsewhere'}
@@ -348,7 +360,7 @@ def test_a_run_of_an_earlier_version_goes_on_where_it_was(halted, straight, tmp_
 def test_a_training_split_of_an_earlier_version_is_not_gone_on_with(data, tmp_path):
     run = pretrain('demo', **{**TOY, 'epochs': 1, 'warmup_epochs': 0}, data=data, ssl_split='train', out=tmp_path / 'run')
     assert pretrain(out=run.folder, resume=True).step == 3
-    (run.folder / 'pictures.txt').unlink()
+    as_before(run.folder)
     refused('earlier version', 'start a new run', out=run.folder, resume=True)
 
 
