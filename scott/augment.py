@@ -87,14 +87,17 @@ def gray(
     "How bright a pixel looks: a weighted sum of red, green and blue."
     return (LUMA[0] * x[:, 0] + LUMA[1] * x[:, 1] + LUMA[2] * x[:, 2])[:, None]
 
+# %% ../nbs/21_augment.ipynb #b2a815b5
 def _blend(x, reference, strength):
     "strength * x + (1 - strength) * reference, kept in [0, 1]."
     return torch.lerp(reference, x, strength[:, None, None, None]).clamp(0, 1)
 
+# %% ../nbs/21_augment.ipynb #983df469
 def brightness(x: Tensor, strength: Tensor) -> Tensor:
     "Blends each image with black: x (B, 3, H, W) in [0, 1], strength (B,) 0 = black, 1 = unchanged."
     return _blend(x, torch.zeros_like(x), strength)
 
+# %% ../nbs/21_augment.ipynb #487e9ad0
 def contrast(x: Tensor, strength: Tensor) -> Tensor:
     "Blends each image with its own mean gray: x (B, 3, H, W) in [0, 1], strength (B,) 0 = one gray, 1 = unchanged."
     return _blend(x, gray(x).mean((2, 3), keepdim=True), strength)
@@ -104,6 +107,7 @@ def saturation(x: Tensor, strength: Tensor) -> Tensor:
     "Blends each image with its gray version: x (B, 3, H, W) in [0, 1], strength (B,) 0 = gray, 1 = unchanged."
     return _blend(x, gray(x), strength)
 
+# %% ../nbs/21_augment.ipynb #ae781bec
 def grayscale(x: Tensor, strength: Tensor) -> Tensor:
     "The gray version, in three equal channels: x (B, 3, H, W) in [0, 1], strength not used."
     return gray(x).expand_as(x)
@@ -128,12 +132,14 @@ def _kernels(strength):
     "Gaussian weights of 9 pixels in a row for each sigma in `strength` (B,): (B, 1, 1, 9), each sums to 1."
     return softmax(-0.5 * (np.arange(-4, 5) / strength[:, None]) ** 2, 1).astype(np.float32)[:, None, None]
 
+# %% ../nbs/21_augment.ipynb #f266cd1d
 def _convolve(x, kernels):
     "Each image of x (B, 3, H, W) with its own kernel (B, 1, 1, 9), along rows and columns; the borders are mirrored."
     x = F.pad(x.transpose(0, 1), (4, 4, 4, 4), mode='reflect')          # c b h+8 w+8
     for k in (kernels, kernels.mT): x = F.conv2d(x, k, groups=len(k))
     return x.transpose(0, 1)
 
+# %% ../nbs/21_augment.ipynb #93a5fda0
 def gaussian_blur(
     x: Tensor,          # (B, 3, H, W), sides of at least 5 pixels
     strength: Tensor,   # (B,) sigma in pixels
@@ -180,12 +186,14 @@ def _schedule(slot, strength):
     order = np.lexsort((end, begin))
     return order, [((end <= k).sum(), (begin <= k).sum()) for k in range(7)], matrices[order]
 
+# %% ../nbs/21_augment.ipynb #dcb34fe7
 def _blend_all(x, matrices):
     "In place, matrices (B, 3, 6) = (A | M): each image x (B, 3, H, W) becomes A x + M mean(x), kept in [0, 1]."
     pixels = x.flatten(2)
     offset = matrices[..., 3:] @ pixels.mean(2, keepdim=True)
     torch.clamp(torch.baddbmm(offset, matrices[..., :3], pixels), 0, 1, out=pixels)
 
+# %% ../nbs/21_augment.ipynb #3b4845a7
 def recolor(
     x: Tensor,          # (B, 3, H, W) in [0, 1]
     slot: Tensor,       # (V, 6) from draw_changes, on the CPU; view v shows image v modulo B
@@ -227,11 +235,13 @@ def normalize(
     shift, scale = lines.to(x.device, non_blocking=x.is_cuda)[..., None, None].unbind(1)
     return torch.addcmul(shift, x, scale, out=x)
 
+# %% ../nbs/21_augment.ipynb #27e57919
 def _check_images(images):
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3]:
         raise ValueError(f'images must be uint8 of shape (B, 3, S, S), got {images.dtype} {tuple(images.shape)}; '
                          'resize every picture to S x S and pass its width / height as aspect')
 
+# %% ../nbs/21_augment.ipynb #abd8e6c8
 @torch.no_grad()
 def eval_view(
     images: Tensor,     # (B, 3, S, S) uint8, already cropped
@@ -252,6 +262,7 @@ class Draws(NamedTuple):
         "The draws of some of the images."
         return Draws(self.boxes[index], self.flip[index], self.slot[:, index], self.strength[:, index])
 
+# %% ../nbs/21_augment.ipynb #894509e9
 def draw_views(
     aspect: Tensor,                             # (B,) width / height of the original pictures, on the CPU
     generator: torch.Generator | None = None,   # CPU generator; None = PyTorch's global one
@@ -285,6 +296,7 @@ def apply_views(
         x = resample(images, draws.boxes, size, draws.flip)
         return normalize(recolor(x, draws.slot.flatten(0, 1), draws.strength.flatten(0, 1))).chunk(2)
 
+# %% ../nbs/21_augment.ipynb #c9a5b8ae
 def two_views(
     images: Tensor,                             # (B, 3, S, S) uint8, each picture squashed to S x S
     aspect: Tensor | None = None,               # (B,) width / height before squashing; None = all 1

@@ -45,6 +45,7 @@ def flag(
     "How a setting is written on a command line."
     return '--' + name.replace('_', '-')
 
+# %% ../nbs/63_cli.ipynb #1f7babd6
 def limits(
     low: float,  # smallest allowed number
     high: float,  # largest
@@ -84,6 +85,7 @@ def near(
     found = difflib.get_close_matches(word, known, cutoff=.7)
     return f': did you mean {" or ".join(found)}?' if found else ''
 
+# %% ../nbs/63_cli.ipynb #e9aaaafb
 def check_names(
     cls,  # a dataclass whose fields were made by `opt`
     given,  # names of settings
@@ -119,6 +121,7 @@ def number(
     try: return kind(word)
     except ValueError: return word
 
+# %% ../nbs/63_cli.ipynb #5de1c105
 def parser_of(
     cls,  # a dataclass whose fields were made by `opt`
     prog: str,  # the command's name

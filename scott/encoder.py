@@ -173,6 +173,7 @@ class Grid(NamedTuple):
     rows: int
     columns: int
 
+# %% ../nbs/13_encoder.ipynb #a03d770b
 def patch_grid(
     size: int | tuple,  # side of a square image in pixels, or (height, width)
     patch_size: int,  # side of a patch in pixels
@@ -184,6 +185,7 @@ def patch_grid(
                          f'choose e.g. {max(h // patch_size, 1) * patch_size}')
     return Grid(h // patch_size, w // patch_size)
 
+# %% ../nbs/13_encoder.ipynb #2135215b
 def make_tokenizer(
     kind: str,  # 'sparse' (SCOTT) or 'patch' (ViT)
     patch_size: int,  # side of a patch in pixels; 'sparse' has 16
@@ -216,6 +218,7 @@ def find_pretrained(
     raise ValueError(f'{source}: no such folder, and no published encoder has that name (published: '
                      f'{", ".join(PUBLISHED) or "none yet"}); a repository of the Hugging Face Hub is OWNER/NAME')
 
+# %% ../nbs/13_encoder.ipynb #89898e4a
 def load_strictly(
     cls: type,  # of the module
     folder: Path,  # with config.json and model.safetensors
@@ -231,10 +234,12 @@ def load_strictly(
     module.load_state_dict(load_file(folder / 'model.safetensors'))
     return module.eval()
 
+# %% ../nbs/13_encoder.ipynb #06bf9edb
 def one_line(error: Exception) -> str:
     "What an error reports, without line breaks, 300 characters at most."
     return ' '.join(str(error).split())[:300]
 
+# %% ../nbs/13_encoder.ipynb #7696e784
 class Pretrained(PyTorchModelHubMixin):
     "`save_pretrained`, `from_pretrained`, `push_to_hub`: arguments in config.json, weights in model.safetensors."
 
@@ -327,9 +332,13 @@ class Encoder(nn.Module, Pretrained, library_name='scott', tags=['self-supervise
 def scott_7_16(**kwargs) -> Encoder:  # kwargs: any argument of `Encoder`
     "SCOTT-7/16: 7 blocks, 13,600,320 parameters, the paper's model for Flowers-102."
     return Encoder(**{'depth': 7, **kwargs})
+
+# %% ../nbs/13_encoder.ipynb #22c84384
 def scott_12_16(**kwargs) -> Encoder:  # kwargs: any argument of `Encoder`
     "SCOTT-12/16: 12 blocks, 22,447,680 parameters."
     return Encoder(**{'depth': 12, **kwargs})
+
+# %% ../nbs/13_encoder.ipynb #af4e7415
 def vit_12_16(**kwargs) -> Encoder:  # kwargs: any argument of `Encoder`
     "The same transformer on a plain patch embedding: what remains of SCOTT-12/16 without its tokenizer."
     return Encoder(**{'tokenizer': 'patch', 'depth': 12, **kwargs})

@@ -37,7 +37,7 @@ def dropout(
     if x.device.type != 'cpu': return F.dropout(x, p)
     return x * (keep_mask(x.shape, p).to(x.dtype) * (1 / (1 - p)))
 
-
+# %% ../nbs/60_kernels.ipynb #71b7bf6f
 class Dropout(nn.Dropout):
     "`nn.Dropout` with the function above."
     def forward(self, x: Tensor) -> Tensor: return dropout(x, self.p, self.training)

@@ -37,7 +37,7 @@ def _top(score, visible):
     best = score.topk(visible, dim=1).indices                            # b v
     return torch.zeros_like(score, dtype=torch.bool).scatter_(1, best, True)
 
-
+# %% ../nbs/10_masking.ipynb #b2bdf33d
 def _checked(batch, grid, ratio, generator, min_side=1):
     "Refuse unusable input; return (visible patches per image, device to draw on)."
     if not isinstance(batch, int) or batch < 1:
@@ -76,7 +76,7 @@ def _summed_area(keep):
     for j in range(cols): table[:, j + 1] += table[:, j]
     return table
 
-
+# %% ../nbs/10_masking.ipynb #780ca83d
 def _covered(table, y, x, h, w):
     "How many visible patches each block (tries, B) holds: four look-ups in `_summed_area`'s table."
     _, width, images = table.shape

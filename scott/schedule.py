@@ -20,7 +20,7 @@ def _check_step(
     if not 1 <= step <= total:
         raise ValueError(f'step must lie in [1, total] = [1, {total}], got {step}; the first optimizer step is 1')
 
-
+# %% ../nbs/22_schedule.ipynb #f407d628
 def linear(
     step: int,      # the optimizer step, counted from 1
     total: int,     # optimizer steps of the whole run
@@ -62,7 +62,7 @@ class Values(NamedTuple):
     wd: float  # weight decay of matrices and kernels
     momentum: float  # m of the target's moving average
 
-
+# %% ../nbs/22_schedule.ipynb #4c577aaa
 class Schedule(NamedTuple):
     "Learning rate, weight decay and momentum of a whole run, as functions of the step (arXiv 2502.18056)."
     total: int  # optimizer steps of the run

@@ -20,9 +20,10 @@ parser.read(ROOT/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 
 INSTALL = f"#| hide\n#| eval: false\n![ -e /content ] && pip install -q git+{cfg['git_url']}.git"
-BADGE = ('[![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)]'
-         f"(https://colab.research.google.com/github/{cfg['user']}/{cfg['repo']}/blob/{cfg['branch']}/%s)")
-DIRECTIVES = re.compile(r'default_exp [a-z][\w.]*|exports?( [a-z][\w.]*)?|exporti|hide|echo: false|eval: false|slow|cuda')
+BADGE = (f'<a href="https://colab.research.google.com/github/{cfg["user"]}/{cfg["repo"]}/blob/{cfg["branch"]}/%s">'
+         '<img src="https://colab.research.google.com/assets/colab-badge.svg" alt="Open in Colab"></a>')
+DIRECTIVES = re.compile(r'default_exp [a-z][\w.]*|exports?( [a-z][\w.]*)?|exporti|hide|echo: false|eval: false|slow|cuda|'
+                        r'code-fold: true|fig-(cap|alt): ".+"')
 MACHINE_PATH = re.compile(r'(?<![\w.~/-])/(?:work|root|tmp|home|Users|mnt|private)/\S*')
 PACKAGE_INDEX = re.compile(r'index-url|file:/{3}|/simple\b|find-links|artifactory|devpi', re.I)
 LINK = re.compile(r'\]\(<?([^)\s>]+)>?(?: "[^"]*")?\)|(?:src|href)="([^"]+)"')
@@ -98,12 +99,13 @@ def speaks(node):
 # Every page
 
 @pages
-def test_first_cell(path):
-    first = read(path)['cells'][0]
-    assert first['cell_type'] == 'markdown'
-    badge = BADGE % path.relative_to(ROOT).as_posix()
-    form = r'# \S[^\n]*\n\n> \S[^\n]*\n\n' + re.escape(badge) + r'(\n\n(- \w+: [^\n]+\n?)+)?'
-    assert re.fullmatch(form, first['source'].rstrip('\n')), f'want "# Title", "> One line.", "{badge}"'
+def test_title_and_badge(path):
+    """nbdev keeps of the title cell the title, the line below it and the front matter: the badge has a cell of its own."""
+    title, badge = read(path)['cells'][:2]
+    assert title['cell_type'] == badge['cell_type'] == 'markdown'
+    form = r'# \S[^\n]*\n\n> \S[^\n]*(\n\n(- \w+: [^\n]+\n?)+)?'
+    assert re.fullmatch(form, title['source'].rstrip('\n')), 'want "# Title" and "> One line."'
+    assert badge['source'].rstrip('\n') == BADGE % path.relative_to(ROOT).as_posix()
 
 
 @pages

@@ -40,7 +40,7 @@ def add_heif():
     register_heif_opener()
     return True
 
-
+# %% ../../nbs/62_decode.ipynb #9ac5c003
 def picture_suffixes():
     "Lower-case endings of the files that PIL opens as pictures, as a frozenset: '.jpg', '.tif' …"
     add_heif()
@@ -69,7 +69,7 @@ def stretched(
         gray.putalpha(Image.fromarray(np.where(values == hidden, 0, 255).astype(np.uint8)))
     return gray
 
-
+# %% ../../nbs/62_decode.ipynb #fe29b75b
 def to_rgb(
     picture,  # of PIL, any mode, its pixels not yet loaded
 ):            # a picture of mode RGB; a tuple of notes: what had to be done
@@ -97,7 +97,7 @@ class Decoded(NamedTuple):
     hash: str            # 16 hexadecimal digits: the first 64 bits of the SHA-256 of the file's bytes
     notes: tuple         # of 'float gray', '16 bit', '32 bit', '16 bit color', 'transparent', 'several frames'
 
-
+# %% ../../nbs/62_decode.ipynb #587edf15
 def opened(
     file,  # a file of bytes
 ):         # a picture of PIL, its pixels not yet loaded; the file's hash as in `Decoded`
@@ -115,7 +115,7 @@ def opened(
         hint = ' (a HEIC file: pip install pillow-heif)' if begin[4:11] == b'ftyphei' else ''
         raise OSError(f'no picture that PIL can read: it begins with {begin!r}{hint}') from None
 
-
+# %% ../../nbs/62_decode.ipynb #bb65760c
 TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}           # EXIF orientation → PIL's `Image.Transpose`
 
 
@@ -128,7 +128,7 @@ def turn_of(
     except Exception:
         return None
 
-
+# %% ../../nbs/62_decode.ipynb #4be959f3
 def decode(
     path,  # an image file that PIL can read
     size,  # side S of the result, pixels
@@ -163,7 +163,7 @@ def shown(
     encoding = sys.stdout.encoding or 'utf-8'
     return name.encode(encoding, 'backslashreplace').decode(encoding)
 
-
+# %% ../../nbs/62_decode.ipynb #03dcdfc6
 def reason_of(
     error,  # an exception
 ):
@@ -212,14 +212,14 @@ def stamp(
     facts = path.stat()
     return dict(bytes=facts.st_size, mtime_ns=facts.st_mtime_ns)
 
-
+# %% ../../nbs/62_decode.ipynb #d35e606c
 def fingerprint(
     pixels,  # one picture (3 S S, uint8), its bytes in one piece
 ):           # 16 hexadecimal digits
     "The first 64 bits of the SHA-256 of a picture's pixels."
     return sha256(pixels).hexdigest()[:16]
 
-
+# %% ../../nbs/62_decode.ipynb #4532f9a1
 def write_note(
     path,  # the cache file that it describes
     note,  # what JSON can hold
@@ -242,7 +242,7 @@ class Cached(NamedTuple):
     hashes: list           # N hashes, the same for the same bytes of the file, whatever the size and the fit
     notes: dict            # {note of `Decoded`: how many pictures have it}
 
-
+# %% ../../nbs/62_decode.ipynb #73fd0db7
 def checked(
     path,    # the cache file
     pixels,  # its array (N 3 S S)
@@ -259,7 +259,7 @@ def checked(
         write_note(path, note)
     return note
 
-
+# %% ../../nbs/62_decode.ipynb #c5ee7dc7
 def open_cache(
     path,  # of the .npy file
     note,  # that beside it
@@ -269,7 +269,7 @@ def open_cache(
     note = checked(path, pixels, note)
     return Cached(torch.from_numpy(pixels), *(note[fact] for fact in Cached._fields[1:]))
 
-
+# %% ../../nbs/62_decode.ipynb #e015b6b0
 def read_cache(
     path,  # of the .npy file
 ):
@@ -296,7 +296,7 @@ def readable(
     except OSError:
         return False
 
-
+# %% ../../nbs/62_decode.ipynb #4fc4909a
 def reported(
     items,        # an iterable
     label,        # what they are of
@@ -329,7 +329,7 @@ def in_order(
         while waiting:
             yield waiting.popleft().result()
 
-
+# %% ../../nbs/62_decode.ipynb #d284ac0b
 def begin_array(
     file,   # open for writing, empty
     shape,  # of the array of bytes
@@ -341,7 +341,7 @@ def begin_array(
     if hasattr(os, 'posix_fallocate'):
         os.posix_fallocate(file.fileno(), 0, end)
 
-
+# %% ../../nbs/62_decode.ipynb #cfd80000
 def write_pictures(
     file,   # open for writing, empty
     paths,  # image files
@@ -372,7 +372,7 @@ def write_pictures(
         notes.update(found[2])
     return dict(note, notes=dict(sorted(notes.items())))
 
-
+# %% ../../nbs/62_decode.ipynb #8c444f8e
 def write_cache(
     path,   # of the .npy file to make
     paths,  # image files

@@ -32,7 +32,7 @@ def hidden(
     "Whether a name says that this is no data: it begins with a dot, or a system made it for itself."
     return name.startswith('.') or name in OTHERS
 
-
+# %% ../../nbs/77_folders.ipynb #32bdc81a
 def is_run(
     folder,  # a path
 ):
@@ -52,7 +52,7 @@ class Found(NamedTuple):
     left: Counter   # what was left out -> how many: '.txt', 'hidden' …
     empty: list     # folders without any picture; of nested ones the outermost
 
-
+# %% ../../nbs/77_folders.ipynb #72967e31
 def kind_of(
     entry,     # of `os.scandir`
     suffixes,  # of pictures
@@ -70,7 +70,7 @@ def kind_of(
         return 'links that lead nowhere'
     return 'picture' if suffix in suffixes else suffix or 'no ending'
 
-
+# %% ../../nbs/77_folders.ipynb #fedbbd22
 def walk(
     folder,  # a path
 ):
@@ -104,7 +104,7 @@ def walk(
     names.sort(key=lambda name: normalize('NFC', name).split('/'))
     return Found(names, left, without(folders, names))
 
-
+# %% ../../nbs/77_folders.ipynb #b46f83fe
 def without(
     folders,  # names of folders
     names,    # of pictures
@@ -135,7 +135,7 @@ class Row(NamedTuple):
     label: str
     part: str   # 'train', 'val' or 'test'; '' if the list has no column of splits
 
-
+# %% ../../nbs/77_folders.ipynb #0366f68e
 def table_of(
     path,  # a CSV file
 ):
@@ -156,7 +156,7 @@ def table_of(
                          'a line for each picture follows')
     return lines
 
-
+# %% ../../nbs/77_folders.ipynb #bbb24db5
 def read_labels(
     path,   # a CSV file
     names,  # of the pictures in the folder
@@ -188,7 +188,7 @@ class Placed(NamedTuple):
     how: str      # as in `Folder`
     source: str
 
-
+# %% ../../nbs/77_folders.ipynb #894a02fe
 def by_list(
     labels,  # path of a list, see `read_labels`
     names,   # of the pictures
@@ -257,7 +257,7 @@ def too_deep(
         raise InputError(f'folder:{shown(folder)}: all pictures lie in {shown(inner)}, which holds the folders {few}: '
                          f'{way}')
 
-
+# %% ../../nbs/77_folders.ipynb #6c563675
 def classes_of(
     folder,  # a path, for messages
     names,   # of the pictures
@@ -274,7 +274,7 @@ def classes_of(
                          f'first is {shown(first)}; put each into a class, or name their classes with --labels{way}')
     return kinds
 
-
+# %% ../../nbs/77_folders.ipynb #4e5b25f9
 def by_folders(
     folder,  # a path
     names,   # of the pictures in it
@@ -310,7 +310,7 @@ class Folder:
         "Names of the classes, in order."
         return sorted(set(self.kinds) - {''})
 
-
+# %% ../../nbs/77_folders.ipynb #6ad97911
 def read_folder(
     folder,       # a path
     labels=None,  # path of a list, see `read_labels`
@@ -351,14 +351,14 @@ def counted(
         words.append(f'{many(len(found.empty), "empty folders")} ({few})')
     return ', '.join(words)
 
-
+# %% ../../nbs/77_folders.ipynb #4a97001b
 def left_out(
     found,  # a `Found`
 ):
     "'; left out: …', or '' for nothing."
     return f'; left out: {counted(found)}' if counted(found) else ''
 
-
+# %% ../../nbs/77_folders.ipynb #de9f1373
 def repeated(
     names,  # of pictures
 ):
@@ -368,7 +368,7 @@ def repeated(
     times = Counter(below for top, below in {tuple(name.split('/')[:2]) for name in names})
     return sorted(below for below, n in times.items() if n > 1)
 
-
+# %% ../../nbs/77_folders.ipynb #059db6de
 def told(
     folder,  # a `Folder`
 ):

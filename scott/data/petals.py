@@ -50,7 +50,7 @@ def coverage(
     gy, gx = np.gradient(d, axis=(1, 2))
     return (d / np.sqrt(gx * gx + gy * gy + 1e-12) + .5).clip(0, 1)
 
-
+# %% ../../nbs/61_petals.ipynb #0bef2512
 def over(
     picture,  # 3 b h w
     color,    # 3 b 1 1 or 3 b h w
@@ -90,7 +90,7 @@ def turn(
     c, s = np.cos(angle), np.sin(angle)
     return (x - cx) * c + (y - cy) * s, (y - cy) * c - (x - cx) * s
 
-
+# %% ../../nbs/61_petals.ipynb #5734385d
 def smooth(
     grid,  # b k k: random numbers
     size,  # side of the picture

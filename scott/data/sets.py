@@ -161,7 +161,7 @@ def folder_files(
     return Files(f'folder:{folder}', [folder / whole.found.names[i] for i in chosen],
                  [number[whole.kinds[i]] for i in chosen], classes, split != 'train', line, whole.how)
 
-
+# %% ../../nbs/20_data.ipynb #eaaae93b
 def absolute(
     name,  # of a data set
 ):         # the same; folder:PATH with an absolute path
@@ -245,6 +245,7 @@ def changed(
     broken = f'; {many(len(cached.broken), "broken images")} left out' if cached.broken else ''
     return (f'; converted: {", ".join(words)}' if words else '') + broken
 
+# %% ../../nbs/20_data.ipynb #5536f9e9
 def decoded(
     files,        # `Files` from `find_files`
     split,        # as in `load`

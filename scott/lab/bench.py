@@ -42,6 +42,7 @@ def wait_for(device):
     "Until the device has done all that it was told to do."
     if device.type != 'cpu': getattr(torch, device.type).synchronize()
 
+# %% ../../nbs/43_bench.ipynb #399b1da3
 def product_rate(
     device: torch.device,
     dtype: torch.dtype,
@@ -88,6 +89,7 @@ class Bench:
     host: bool = opt(False, 'only the main thread: milliseconds of each part of a step, and operations of the views')
     json: str = opt(None, 'file to write the figures to', str, path=True)
 
+# %% ../../nbs/43_bench.ipynb #ae7aa9d7
 def config_of(
     bench: Bench,
     **changes,  # settings of `Config`, over those of the flags
@@ -98,6 +100,7 @@ def config_of(
     rest = dict(data='petals', amp=bench.amp, device=bench.device, epochs=1000, warmup_epochs=1, out='none')
     return Config.of(auto if bench.preset == 'auto' else bench.preset, **{**sizes, **rest, **changes})
 
+# %% ../../nbs/43_bench.ipynb #12ae9374
 def drawn(
     cfg: Config,
     n: int,  # images
@@ -128,6 +131,7 @@ def reset_peak(device):
     else:
         with suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
 
+# %% ../../nbs/43_bench.ipynb #dbc12dbd
 def peak_memory(device) -> float | None:
     "The most memory held since `reset_peak`, in MB; None where nobody tells."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 1e6
@@ -135,6 +139,7 @@ def peak_memory(device) -> float | None:
         lines = Path('/proc/self/status').read_text().splitlines()
         return next(int(line.split()[1]) / 1e3 for line in lines if line.startswith('VmHWM'))
 
+# %% ../../nbs/43_bench.ipynb #4632fda8
 def time_steps(
     loop,  # a `PlainLoop` or an `Engine`
     steps: int,
@@ -149,6 +154,7 @@ def time_steps(
     seconds = time.perf_counter() - begun
     return dict(step_s=seconds / steps, data_wait=(loop.waited - waited) / seconds, peak_mb=peak_memory(loop.device))
 
+# %% ../../nbs/43_bench.ipynb #d2bf23a3
 def take_turns(
     loops: dict,  # name -> loop
     steps: int,  # of each in a round
@@ -168,6 +174,7 @@ def views_of(loop: PlainLoop, data: ImageSet) -> TwoViews:
     "The engine's views and masks for a plain loop."
     return TwoViews(data.aspect, loop.cfg.img_size, masks_of(loop.cfg, loop.jepa.context.grid), loop.cfg.seed)
 
+# %% ../../nbs/43_bench.ipynb #5c5c100a
 def better_views(loop: PlainLoop, data: ImageSet):
     "Whole batches of bytes from memory, changed on the device."
     feed = Feed(data, views_of(loop, data), loop.cfg.batch_size, loop.cfg.seed, loop.device)
@@ -177,6 +184,7 @@ def better_views(loop: PlainLoop, data: ImageSet):
         return batch.context, batch.target
     loop.views = views
 
+# %% ../../nbs/43_bench.ipynb #d2fb8b8b
 def better_masks(loop: PlainLoop, data: ImageSet):
     "Masks of many steps in one call."
     views = views_of(loop, data)
@@ -193,25 +201,30 @@ def better_types(loop: PlainLoop, data: ImageSet):
         with torch.autocast(device.type, dtype, enabled=dtype is not None): return loop.jepa(*batch)
     loop.loss = loss
 
+# %% ../../nbs/43_bench.ipynb #450df58a
 def better_blocks(loop: PlainLoop, data: ImageSet):
     "Attention and dropout from `scott.kernels`."
     for m in loop.jepa.modules():
         if isinstance(m, (Attention, Dropout)): del m.forward
 
+# %% ../../nbs/43_bench.ipynb #08395fed
 def better_layout(loop: PlainLoop, data: ImageSet):
     "Convolutions read pixel by pixel (channels last)."
     loop.jepa.to(memory_format=torch.channels_last)
     views = loop.views
     loop.views = lambda: [view.contiguous(memory_format=torch.channels_last) for view in views()]
 
+# %% ../../nbs/43_bench.ipynb #46fb823f
 def better_optimizer(loop: PlainLoop, data: ImageSet):
     "AdamW for all tensors in one call."
     loop.opt = make_optimizer(loop.jepa)
 
+# %% ../../nbs/43_bench.ipynb #12f0e69f
 def better_average(loop: PlainLoop, data: ImageSet):
     "The moving average for all tensors in one call."
     loop.average = loop.jepa.update_target
 
+# %% ../../nbs/43_bench.ipynb #ea64cbcd
 def no_reading(loop: PlainLoop, data: ImageSet):
     "The loss stays on the device."
     loop.report = lambda loss: loss.detach()
@@ -221,6 +234,7 @@ def compiled_step(loop: PlainLoop, data: ImageSet):
     "The forward pass compiled, replayed as CUDA graphs."
     loop.jepa = compiled(loop.jepa, loop.device, graphs=True)
 
+# %% ../../nbs/43_bench.ipynb #3c9a9156
 def kept_memory(loop: PlainLoop, data: ImageSet):
     "Freed memory is kept for the next step."
     keep_freed_memory()
@@ -241,6 +255,7 @@ def rung(
     for name in names: RUNGS[name](loop, data)
     return take_turns({'t': loop}, bench.steps, rounds=2)['t']
 
+# %% ../../nbs/43_bench.ipynb #fc41f081
 def point(
     bench: Bench,
     **changes,  # settings of `Config`
@@ -250,16 +265,19 @@ def point(
     times = take_turns({'t': Engine(cfg, drawn(cfg, max(bench.images, cfg.batch_size)))}, bench.steps, rounds=2)['t']
     return dict(times, images_per_s=cfg.batch_size / times['step_s'], gflop=step_flop(cfg) / 1e9)
 
+# %% ../../nbs/43_bench.ipynb #ecc45385
 def alone(what, *args, **changes):
     "A function's result from a process of its own: its memory, nothing left over from the point before."
     with ProcessPoolExecutor(1, get_context('spawn')) as pool: return pool.submit(what, *args, **changes).result()
 
+# %% ../../nbs/43_bench.ipynb #09bdb9d0
 def climb(bench: Bench) -> list:  # [{lever, step_s, …}], the first is the plain loop
     "The ladder: one piece more at each rung."
     useless = 'compile' if pick_device(bench.device).device.type == 'cpu' else 'memory'
     names = [name for name in RUNGS if name != useless]
     return [dict(lever=name, **alone(rung, bench, names[:k])) for k, name in enumerate(['none', *names])]
 
+# %% ../../nbs/43_bench.ipynb #c715db37
 def grow(bench: Bench) -> list:  # [{varied, value, step_s, …}]
     "The sweep: other batches, sizes and depths, one changed at a time."
     b = config_of(bench).batch_size
@@ -278,6 +296,7 @@ class Operations(TorchDispatchMode):
         self.count += not (func.is_view or func is torch.ops.aten._unsafe_view.default)
         return func(*args, **(kwargs or {}))
 
+# %% ../../nbs/43_bench.ipynb #9916f6e5
 def milliseconds(
     work,  # a function of the repetition's number, from 0
     repeat: int = 20,
@@ -290,6 +309,7 @@ def milliseconds(
         times.append(1e3 * (time.thread_time() - begun))
     return min(times)
 
+# %% ../../nbs/43_bench.ipynb #ec61de15
 def host(
     bench: Bench,
     images: int = 126_689,  # of ImageNet-100, for the order
@@ -337,6 +357,7 @@ def host_table(report: dict) -> str:  # from `measure`, with `host`
     lines += [f'{part:8}{ms:8.3f} ms a step' for part, ms in {**h['ms'], 'together': sum(h['ms'].values())}.items()]
     return '\n'.join([*lines, f'views   {h["views_operations"]:8} operations a batch'])
 
+# %% ../../nbs/43_bench.ipynb #a62c60b4
 def table(
     report: dict,  # from `measure`
 ) -> str:

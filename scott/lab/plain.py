@@ -45,6 +45,7 @@ def attention_forward(block: Attention, x: Tensor) -> Tensor:  # (B, T, D) -> (B
     y = plain_attention(*block.split(x), block.attn_drop if block.training else 0.)
     return block.proj_drop(block.proj(y.transpose(1, 2).flatten(2)))
 
+# %% ../../nbs/76_plain.ipynb #6dd4bdd3
 def use_plain_blocks(
     model: nn.Module,  # is changed
 ):
@@ -81,6 +82,7 @@ def plain_mask(
         keep.view(-1)[i] = True
     return keep
 
+# %% ../../nbs/76_plain.ipynb #6d6e3c0d
 def plain_masks(
     batch: int,  # number of images
     grid: tuple = (14, 14),  # (rows, columns) of patches
@@ -114,6 +116,7 @@ def to_jpeg(
         files.append(buffer.getvalue())
     return files
 
+# %% ../../nbs/76_plain.ipynb #a6e95682
 class PlainViews(Dataset):
     "An item is the context and the target view of a picture, both (3, size, size), made from its JPEG file."
 

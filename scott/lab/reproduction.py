@@ -64,6 +64,7 @@ def store(
     for pattern in ('config.json', 'metrics.jsonl', 'probe_*.json', 'learning_curve.json'):
         for file in run.glob(pattern): shutil.copy(file, results)
 
+# %% ../../nbs/40_reproduction.ipynb #e25d180c
 def reproduce(
     name: str,  # a key of RUNS
     runs: Path = Path('runs'),  # where run folders are
@@ -83,6 +84,7 @@ def reproduce(
     write_atomic(run / 'learning_curve.json', lambda part: part.write_text(json.dumps(curve)))
     store(run, results / name)
 
+# %% ../../nbs/40_reproduction.ipynb #af0f5fda
 def main():
     "`python -m scott.lab.reproduction NAME …`, from the top of the repository."
     parser = Parser(prog='python -m scott.lab.reproduction', description=reproduce.__doc__)
@@ -100,12 +102,14 @@ def hours(metrics: list, batch: int) -> float:  # of the run; images per step
     steps = [0, *(m['step'] for m in metrics)]
     return sum((b - a) * batch / m['images_per_s'] for a, b, m in zip(steps, steps[1:], metrics)) / 3600
 
+# %% ../../nbs/40_reproduction.ipynb #3c10c952
 def cell(row: dict) -> str:  # of a report
     "Mean ± standard deviation over probe seeds, and the interval over test images."
     low, high = row['top1_interval']
     std = '' if row['top1_std'] is None else f" ± {row['top1_std']:.1f}"
     return f"{row['top1']:.1f}{std} ({low:.1f}–{high:.1f})"
 
+# %% ../../nbs/40_reproduction.ipynb #0f38d183
 def readings(
     report: dict,  # from `scott_probe`
     encoder: str,  # 'raw pixels', 'random initialization', 'context' or 'target'
@@ -117,6 +121,7 @@ def readings(
     found = [cell(rows[p]) if p in rows else '–' for p in ('knn', 'linear')]
     return (*found, f"{cell(best)}, {best['probe']}" if best else '–')
 
+# %% ../../nbs/40_reproduction.ipynb #3ba29550
 def describe(
     folder: Path,  # of a stored run
 ) -> tuple:  # data, size and network, epochs and seed, hardware and hours

@@ -25,6 +25,7 @@ class NoPredictor(MIMJEPA):
     def forward(self, context, target, keep):
         return hidden_smooth_l1(self.context(context, keep), self.targets(target), keep)
 
+# %% ../../nbs/31_health.ipynb #038969ae
 class NothingHidden(MIMJEPA):
     "The context encoder sees the whole picture; the loss is where it would have been hidden."
     def forward(self, context, target, keep):
@@ -57,6 +58,7 @@ def toy_data() -> ImageSet:
     images, labels = petals(n=480, size=73)
     return ImageSet(images, labels, torch.ones(len(labels)), petal_names(), 'toy', False, [])
 
+# %% ../../nbs/31_health.ipynb #075b1e77
 def toy_run(
     defect: str,  # one of DEFECTS
     out: str | Path,  # the run folder to make
@@ -73,6 +75,7 @@ def toy_run(
     training.fit()
     return training.metrics
 
+# %% ../../nbs/31_health.ipynb #43c69af9
 class Alarm(NamedTuple):
     "When a run was first called sick, and what was found."
     step: int
@@ -80,6 +83,7 @@ class Alarm(NamedTuple):
     text: str
     curves: tuple  # keys of metrics that betray it
 
+# %% ../../nbs/31_health.ipynb #dba05c42
 def first_alarm(
     metrics: list,  # of a run
 ) -> Alarm | None:  # None if there was none

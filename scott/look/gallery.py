@@ -78,6 +78,7 @@ class Picture(NamedTuple):
     title: str
     figure: Figure
 
+# %% ../../nbs/75_gallery.ipynb #6e9eb97a
 def encoder_pictures(
     encoders: dict,  # name -> Encoder
     tokens: dict,  # name -> (M, N, D), tokens of the sample
@@ -189,6 +190,7 @@ class Place(NamedTuple):
     row: int
     column: int
 
+# %% ../../nbs/75_gallery.ipynb #7983e5a0
 def check_options(
     options: Options,
     encoder,  # of the run
@@ -218,6 +220,7 @@ class Drawn(NamedTuple):
     facts: dict  # what stands in its head: name -> text
     pictures: dict  # name -> Picture
 
+# %% ../../nbs/75_gallery.ipynb #f16eac24
 def draw(
     options: Options,
 ) -> Drawn:

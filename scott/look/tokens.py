@@ -28,6 +28,7 @@ class PrincipalAxes(NamedTuple):
 
     def __repr__(self): return f'PrincipalAxes of {len(self.variance)} channels'
 
+# %% ../../nbs/32_visualize.ipynb #50f28372
 def principal_axes(
     x: Tensor,  # (M, D), M vectors; M is 2 or more
 ) -> PrincipalAxes:
@@ -66,6 +67,7 @@ def blank_axes(fig, rows, columns):
     for ax in axes.flat: ax.set(xticks=[], yticks=[])
     return axes
 
+# %% ../../nbs/32_visualize.ipynb #9d99444c
 def pca_figure(
     images: Tensor,  # (B, 3, H, W) uint8
     colors: dict,  # name -> (B, 3, rows, columns) from `token_pca`

@@ -37,6 +37,7 @@ def ranks(
                          'classes: it was made for another data set')
     return (logits >= logits.gather(1, labels[:, None])).sum(1)
 
+# %% ../../nbs/30_probes.ipynb #dba32262
 def scores(
     logits: Tensor,  # (N, C), the larger the likelier
     labels: Tensor,  # (N,) classes 0 … C-1
@@ -54,6 +55,7 @@ class Fold(NamedTuple):
     inner: Tensor  # int64: rows to fit on
     held: Tensor  # int64: rows to choose on
 
+# %% ../../nbs/30_probes.ipynb #a2c9b7b2
 def fold(
     labels: Tensor,  # (N,) classes of the training images
     seed: int = 0,  # another seed, another fold
@@ -93,6 +95,7 @@ def knn_grid(
     for k, temperature in product((1, 3, 5, 10, 20, 50), (.02, .07, .2)):
         yield dict(k=k, temperature=temperature), vote(near, y, k, classes, temperature)
 
+# %% ../../nbs/30_probes.ipynb #04d944b5
 def linear_grid(
     x: Tensor,  # (N, D) features to fit on
     y: Tensor,  # (N,) their classes
@@ -112,6 +115,7 @@ class Fitted(NamedTuple):
     predict: Callable  # Features of N images -> (N, C) logits
     chosen: dict  # the setting, and chosen_at: its top-1 in percent on the images it was chosen on
 
+# %% ../../nbs/30_probes.ipynb #0deea785
 def fit_grid(
     name: str,  # a key of GRIDS
     train: Features,  # of the whole training split
@@ -127,6 +131,7 @@ def fit_grid(
     model = fit(x, y, classes=classes, **choice)
     return Fitted(lambda f: model(f.means), {**choice, 'chosen_at': best})
 
+# %% ../../nbs/30_probes.ipynb #8cf5954c
 def fit_head(
     name: str,  # a key of HEADS
     train: Features,  # of the whole training split
@@ -178,6 +183,7 @@ class Interval(NamedTuple):
     low: float
     high: float
 
+# %% ../../nbs/30_probes.ipynb #6ff2ba0a
 def interval(
     right: Tensor,  # (seeds, M) bool: which test images were classified correctly
     draws: int = 2000,
@@ -200,6 +206,7 @@ def summary(
     return dict(top1=mean('top1'), top1_std=top1.std().item() if len(runs) > 1 else None, top1_interval=interval(right),
                 top5=mean('top5'), mean_per_class=mean('mean_per_class'), seeds=runs)
 
+# %% ../../nbs/30_probes.ipynb #f85012c3
 def evaluate(
     name: str,  # a key of GRIDS or HEADS
     train: Features,  # of the whole training split

@@ -54,6 +54,7 @@ class Features:
         return Features(self.means[index], None if self.tokens is None else self.tokens[index], self.labels[index],
                         [self.names[i] for i in index.tolist()])
 
+# %% ../../nbs/72_features.ipynb #3bce6c73
 @torch.no_grad()
 def read_tokens(
     encoder: Encoder,  # is put into evaluation mode
@@ -111,11 +112,13 @@ def read_checked(path: Path) -> dict:  # a file that `load_or_encode` wrote
     if digest({k: parts[k] for k in ('means', 'tokens') if k in parts}) != said: raise ValueError('its digest differs')
     return parts
 
+# %% ../../nbs/72_features.ipynb #f34dffa9
 class Stored(NamedTuple):
     "Features, and where they are kept."
     features: Features
     path: Path
 
+# %% ../../nbs/72_features.ipynb #3cd5682d
 def load_or_encode(
     folder: Path,  # where features are stored; made if it is not there
     encoder: Encoder,
@@ -161,6 +164,7 @@ class Twins(NamedTuple):
     splits: bool = False  # whether one is a training and the other a test image
     classes: bool = False  # whether their labels differ
 
+# %% ../../nbs/72_features.ipynb #b5dc5198
 def duplicates(
     train: ImageSet,  # labeled
     test: ImageSet,  # labeled, in the same view
@@ -212,6 +216,7 @@ class Splits(NamedTuple):
     test: ImageSet
     unlabeled: int  # images left out, because they have no label
 
+# %% ../../nbs/72_features.ipynb #2ac189f0
 def load_labeled(
     name: str,  # data set
     size: int,  # side in pixels
@@ -251,6 +256,7 @@ def told_by_names(
         return 'transductive: pre-trained on all images, those of the test split included, without labels'
     return 'inductive: pre-trained on the training split only'
 
+# %% ../../nbs/72_features.ipynb #07cfbfcc
 def learned_from(
     run: Run,  # of the pre-training
     data: str,  # the probe's data set, as it was asked for

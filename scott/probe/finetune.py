@@ -79,6 +79,7 @@ class Classifier(nn.Module):
         with torch.autocast(views.device.type, enabled=False):
             return self.classify(F.layer_norm(x, x.shape[-1:]).mean(1))
 
+# %% ../../nbs/73_finetune.ipynb #c8122936
 @torch.inference_mode()
 def answer(
     net: Classifier,
@@ -140,6 +141,7 @@ def identity(
     return dict(start=digest(net.state_dict()), data=name, images=len(data), classes=net.classify.out_features,
                 autocast=str(dtype), img_size=size, **chosen)
 
+# %% ../../nbs/73_finetune.ipynb #cc72a549
 def place(
     folder: Path,  # RUN/supervised-random
     who: dict,  # from `identity`
@@ -160,6 +162,7 @@ def opened(
         raise InputError(f'{folder} was begun by an earlier version of scott: remove it to train anew')
     return state
 
+# %% ../../nbs/73_finetune.ipynb #45a677bf
 def sound(
     trainer: Trainer,
     folder: Path,  # of the training, for the message
@@ -219,6 +222,7 @@ class Sets(NamedTuple):
     shown: ImageSet  # training images in the evaluation view
     test: ImageSet  # test images in the evaluation view
 
+# %% ../../nbs/73_finetune.ipynb #d6a2a0e7
 def labeled_row(
     encoder: Encoder,  # where to start; it is trained in place
     sets: Sets,

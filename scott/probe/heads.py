@@ -162,6 +162,7 @@ class HeadLoss(nn.Module):
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:  # (b, n, D), (b,) -> scalar
         return F.cross_entropy(self.head(tokens), labels)
 
+# %% ../../nbs/33_heads.ipynb #0b795cf7
 class TokenFeed:
     "Batches of tokens and labels in an order of its own for each epoch; the last batch of an epoch may be smaller."
     def __init__(self,
@@ -188,6 +189,7 @@ class Watched(NamedTuple):
     tokens: Tensor  # (M, n, D)
     labels: Tensor  # (M,)
 
+# %% ../../nbs/33_heads.ipynb #01968230
 def train_head(
     head: nn.Module,  # one of the three attentive heads; trained in place
     read: Callable,  # (rows (b,), step from 1) -> (b, n, D) frozen, layer-normalized tokens of these rows
@@ -209,6 +211,7 @@ def train_head(
     fit(trainer, after, feed.per_epoch, show=False, until=epochs * feed.per_epoch)
     return found
 
+# %% ../../nbs/33_heads.ipynb #d7ffc324
 def stored(
     tokens: Tensor,  # (N, n, D), any float type
 ) -> Callable:  # what `train_head` reads: the stored tokens of some rows, in float32

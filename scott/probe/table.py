@@ -168,6 +168,7 @@ def supervised_rows(judge: Judge) -> list:  # the row, or nothing
     return whole(judge, 'supervised', 'random initialization', max(1, round(seen / len(judge.train))),
                  'supervised' in judge.names)
 
+# %% ../../nbs/74_table.ipynb #0f62c441
 def missing(
     options: Options,
     rows: list,  # of the table
@@ -188,6 +189,7 @@ def all_rows(judge: Judge):
     for which in ('context', 'target') if judge.options.block == -1 else ():
         yield from whole(judge, 'finetune', which, judge.options.tune_epochs, 'finetune' in judge.names)
 
+# %% ../../nbs/74_table.ipynb #c6ca6ac5
 def lively(
     rows,  # an iterator, as from `all_rows`
     seconds: float = 30.,  # between two lines, where stderr is no terminal
@@ -230,6 +232,7 @@ def choices(row: dict) -> str:  # from `probe`
     found = {short: [f'{s[key]:g}' for s in row['seeds']] for key, short in named.items() if key in row['seeds'][0]}
     return ', '.join(f'{short} {"/".join(v if len(set(v)) > 1 else v[:1])}' for short, v in found.items())
 
+# %% ../../nbs/74_table.ipynb #01c409f7
 def twins_line(
     pairs: list,  # of `Twins`, those across the splits first
 ) -> str:
@@ -242,6 +245,7 @@ def twins_line(
     lead += ' the same pixels' + f', {across} of them across the splits' * bool(across)
     return f'{lead}: {", ".join(named)}' + ', …' * (len(pairs) > 8)
 
+# %% ../../nbs/74_table.ipynb #41ed1b0a
 def table(
     report: dict,  # from `probe`
 ) -> str:
@@ -308,6 +312,7 @@ def merged(
     held = ','.join(name for name in NAMES if any(r['probe'] == name for r in rows))
     return {**report, 'rows': rows, 'flags': {**report['flags'], 'probes': held}}
 
+# %% ../../nbs/74_table.ipynb #cd4a465e
 def outdated(
     report: dict,  # from `probe`
 ) -> list:  # of lines

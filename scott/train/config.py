@@ -123,6 +123,7 @@ def masks_of(
     "How a run draws its masks."
     return partial(getattr(masking, cfg.mask), grid=grid, ratio=cfg.mask_ratio)
 
+# %% ../../nbs/64_config.ipynb #c3491729
 def build(cfg: Config) -> MIMJEPA:
     "Encoder, predictor and target of a configuration, with the seed's initial weights; no other random state changes."
     shared = dict(embed_dim=cfg.embed_dim, num_heads=cfg.num_heads, ffn=cfg.ffn, reg_tokens=cfg.reg_tokens,
@@ -153,6 +154,7 @@ def without_path(
     "What is left of a data set's name if its pictures may be moved."
     return 'folder:' if data.startswith('folder:') else data
 
+# %% ../../nbs/64_config.ipynb #1fc155d6
 def identity(
     cfg: Config,
     **facts,  # what else makes a run this run, e.g. the number of images
@@ -161,6 +163,7 @@ def identity(
     own = {k: v for k, v in asdict(cfg).items() if k not in FREE}
     return {**own, 'data': without_path(cfg.data), **facts}
 
+# %% ../../nbs/64_config.ipynb #ca000eda
 def differences(
     there: dict,  # an `identity` that was stored, perhaps before some setting existed
     here: dict,  # the `identity` of the present run

@@ -47,6 +47,7 @@ class Drawn(NamedTuple):
     views: Draws  # crops, mirroring, colors
     keep: Tensor  # (B, N) bool, True = visible
 
+# %% ../../nbs/69_feed.ipynb #cbc83b7b
 class Views(NamedTuple):
     "A micro-batch of pre-training: the arguments of `MIMJEPA.forward`."
     context: Tensor  # (b, 3, H, W)

@@ -44,6 +44,7 @@ def writing(path: Path):  # the file or folder to be replaced
     finally:
         with suppress(OSError): remove(part)
 
+# %% ../../nbs/65_files.ipynb #138bc2ee
 def remove(path: Path):  # a file or a folder; it may be missing
     "Remove a file, or a folder with all it holds."
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path)
@@ -100,6 +101,7 @@ def step_of(
     step = state.get('step') if isinstance(state, dict) else None
     return step if type(step) is int else None
 
+# %% ../../nbs/65_files.ipynb #58b0479a
 def older_checkpoints(
     run: Path,  # a run folder
 ) -> dict:  # step -> path, in order
@@ -120,6 +122,7 @@ def keep_present(
     try: os.link(path, older)
     except OSError: write_atomic(older, lambda part: shutil.copyfile(path, part))
 
+# %% ../../nbs/65_files.ipynb #b0947f2e
 def write_checkpoint(
     run: Path,  # a run folder
     state: dict,  # state['step'] is an int; the rest as in `digest`
@@ -149,6 +152,7 @@ def verified(
     if state.pop('sha256') != digest(state): raise ValueError('its digest differs')
     return state
 
+# %% ../../nbs/65_files.ipynb #a4f57769
 def whole_ones(
     run: Path,  # a run folder
 ) -> dict:  # step -> path, in order
@@ -158,6 +162,7 @@ def whole_ones(
         except Exception: return False
     return {step: path for step, path in older_checkpoints(run).items() if whole(path)}
 
+# %% ../../nbs/65_files.ipynb #1ca37eb1
 def way_out(
     run: Path,  # a run folder
     path: Path,  # of its checkpoint that can't be read
@@ -171,6 +176,7 @@ def way_out(
     names = ', '.join(p.name for p in older.values())
     return f'to go back to an older one ({names}): ' + shlex.join(['mv', str([*older.values()][-1]), str(last)])
 
+# %% ../../nbs/65_files.ipynb #08abb3bb
 def load_checkpoint(
     run: Path,  # a run folder
     step: int | None = None,  # of an older checkpoint; None = the last one
@@ -198,6 +204,7 @@ def take(
         try: lock.acquire()
         except (UserWarning, NotImplementedError) as e: raise OSError(errno.ENOSYS, str(e)) from e
 
+# %% ../../nbs/65_files.ipynb #6622af58
 @contextmanager
 def only_writer(
     run: Path,  # a run folder; it is made if there is none, and removed if nothing was written to it

@@ -25,6 +25,7 @@ def cpu_fact(
     except OSError: return None
     return next((line.partition(':')[2].strip() for line in lines if line.startswith(name)), None)
 
+# %% ../../nbs/67_machine.ipynb #5753eb67
 def has_bf16_units() -> bool:
     "Whether this CPU multiplies bfloat16 numbers in hardware (AVX-512 BF16 or AMX), and PyTorch makes use of it."
     units = {'avx512_bf16', 'amx_bf16'} & set((cpu_fact('flags') or '').split())
@@ -36,6 +37,7 @@ class Place(NamedTuple):
     device: torch.device  # cpu, cuda, cuda:N or mps
     dtype: torch.dtype | None  # the type of autocast; None = float32 throughout
 
+# %% ../../nbs/67_machine.ipynb #af10ba85
 def fast_type(
     device: torch.device,  # one that is there
 ) -> str:  # 'bf16', 'fp16' or 'off'
@@ -43,6 +45,7 @@ def fast_type(
     if device.type == 'cuda': return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'fp16'
     return 'bf16' if device.type == 'cpu' and has_bf16_units() else 'off'
 
+# %% ../../nbs/67_machine.ipynb #1480c589
 def find_device(
     name: str,  # 'cpu', 'mps', 'cuda' or 'cuda:N'
 ) -> torch.device:
@@ -63,6 +66,7 @@ def find_device(
         raise InputError(f'--device {name}: there is one {device.type}; use --device {device.type}')
     return device
 
+# %% ../../nbs/67_machine.ipynb #46aec241
 def pick_device(
     device: str = 'auto',  # 'auto', 'cpu', 'mps', 'cuda' or 'cuda:N'
     amp: str = 'auto',  # 'auto', 'bf16', 'fp16' or 'off'

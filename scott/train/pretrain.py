@@ -43,6 +43,7 @@ def enough(
     counts = labels[labels >= 0].bincount()
     return len(counts) > 1 and counts.max() > 4
 
+# %% ../../nbs/71_pretrain.ipynb #1ba3164b
 def labeled(
     cfg: Config,
     data: ImageSet,  # what the run trains on
@@ -241,6 +242,7 @@ def note_places(
     stored, places = Run(folder).stored, dict(data=cfg.data, labels=cfg.labels)
     if any(stored.get(k) != v for k, v in places.items()): write_config(folder, {**stored, **places})
 
+# %% ../../nbs/71_pretrain.ipynb #412744cc
 def check_pictures(
     run: Run,
     data: ImageSet,  # what it would go on with
@@ -268,7 +270,7 @@ def last_state(
                          'new run')
     return state
 
-
+# %% ../../nbs/71_pretrain.ipynb #9da83ba2
 def check_free(
     run: Path,  # of a new run
 ):
@@ -281,7 +283,7 @@ def check_free(
     if run.is_file() or any(p.name != '.lock' for p in run.iterdir()):
         raise InputError(f'{run} exists, and is no run: name another --out')
 
-
+# %% ../../nbs/71_pretrain.ipynb #5a766f23
 def prepare(
     cfg: Config,
     group: Group,
@@ -324,7 +326,7 @@ def check_places(
     if labels == given.get('labels', labels) is not None and not Path(labels).is_file():
         raise InputError(f'{labels}: there is no such file any more: if it was moved, add --labels NEW.csv')
 
-
+# %% ../../nbs/71_pretrain.ipynb #c245f795
 def going_on(
     given: dict,  # settings that were named, `out` among them
 ) -> Config:
@@ -343,7 +345,7 @@ def going_on(
                          'Leave these settings out to go on with it, or name another --out')
     return Config.of(**{**asdict(saved), **{k: v for k, v in given.items() if k in (*FREE, 'data')}})
 
-
+# %% ../../nbs/71_pretrain.ipynb #4c686bc1
 def settings(
     given: dict,  # name -> value, as on the command line
 ) -> Config:
@@ -353,7 +355,7 @@ def settings(
     if 'data' in given: given = {**given, 'data': absolute(str(given['data']))}
     return going_on(given) if given.get('resume') else Config.of(**given)
 
-
+# %% ../../nbs/71_pretrain.ipynb #01ae500f
 def named(
     cfg: Config,
     resume: bool,  # whether a run goes on with it

@@ -39,6 +39,7 @@ def save_encoder(
             (part / name).chmod(0o644)  # safetensors lets only the owner read
             write_atomic(folder / name, lambda to: os.replace(part / name, to))
 
+# %% ../../nbs/66_run.ipynb #fcd31081
 def encoder_step(
     folder: Path,  # as it was given to `save_encoder`
 ) -> int | None:  # None: written by an earlier version
@@ -68,6 +69,7 @@ def read_json(
     try: return json.loads(path.read_text())
     except (OSError, ValueError) as e: raise InputError(f'{path} is damaged ({e}): {way_out}') from e
 
+# %% ../../nbs/66_run.ipynb #3ac71067
 def read_table(
     path: Path,  # RUN/probe_….json
     way_out: str,  # what to do if it is damaged
@@ -77,12 +79,14 @@ def read_table(
     if not isinstance(found, dict): raise InputError(f'{path} is damaged (it holds no table): {way_out}')
     return found
 
+# %% ../../nbs/66_run.ipynb #c74ec285
 def is_outdated(
     table: dict,  # as some version of `scott_probe` stored it
 ) -> bool:
     "Whether it was made with the split of folders until version 0.1."
     return str(table.get('data')).startswith('folder:') and 'how_split' not in table
 
+# %% ../../nbs/66_run.ipynb #2ee386bf
 def may_be_shown(
     path: Path,  # RUN/probe_….json
 ) -> bool:
@@ -90,6 +94,7 @@ def may_be_shown(
     try: return not is_outdated(read_table(path, ''))
     except InputError: return True
 
+# %% ../../nbs/66_run.ipynb #c3c11b3c
 def write_config(
     folder: Path,  # of a run
     stored: dict,  # settings and facts
@@ -98,6 +103,7 @@ def write_config(
     text = json.dumps(stored, indent=1)
     write_atomic(folder / 'config.json', lambda part: part.write_text(text))
 
+# %% ../../nbs/66_run.ipynb #01dedcce
 def write_pictures(
     folder: Path,  # of a run
     hashes: list,  # 16 hexadecimal digits for each picture, in training order
@@ -106,6 +112,7 @@ def write_pictures(
     text = ''.join(h + '\n' for h in hashes)
     write_atomic(folder / 'pictures.txt', lambda part: part.write_text(text))
 
+# %% ../../nbs/66_run.ipynb #388b7be5
 def read_pictures(
     folder: Path,  # of a run
     images: int | None,  # how many there must be, if it is known
@@ -118,6 +125,7 @@ def read_pictures(
         raise InputError(f'{path} is damaged ({len(found)} lines for {images} pictures): restore it')
     return found
 
+# %% ../../nbs/66_run.ipynb #138c7e90
 def read_metrics(
     folder: str | Path,  # a run folder
 ) -> list:  # one dict per line of metrics.jsonl
@@ -140,6 +148,7 @@ def own_identity(
     if there.get('data') != here['data']: here['data'] = cfg.data
     return {**here, 'pictures': digest(pictures)[:16]} if pictures and 'pictures' in there else here
 
+# %% ../../nbs/66_run.ipynb #de0c3fe9
 def check_owner(
     path: Path,  # RUN/checkpoint.pt, RUN/context or RUN/target
     there: dict,  # the settings stored with it

@@ -71,6 +71,7 @@ def rows_of_parts(
     parts = {p: part(name) for name, p in jepa.named_parameters()}
     return F.one_hot(torch.tensor([parts[p] for p in params]), 3).T.float().to(params[0].device)
 
+# %% ../../nbs/24_signs.ipynb #62c3bb0b
 def part_norms(
     grads: list,  # P tensors
     rows: Tensor,  # (3, P), from `rows_of_parts`
@@ -84,6 +85,7 @@ class Nearest(NamedTuple):
     cosines: Tensor  # (M, k)
     rows: Tensor  # (M, k) int64: which rows of the bank
 
+# %% ../../nbs/24_signs.ipynb #527547cf
 def nearest(
     bank: Tensor,  # (N, D) features of the images whose classes are known
     queries: Tensor,  # (M, D)
@@ -94,6 +96,7 @@ def nearest(
     found = [(F.normalize(q, dim=-1) @ unit.T).topk(min(k, len(unit))) for q in queries.split(1024)]  # b k
     return Nearest(*(torch.cat(parts) for parts in zip(*found)))
 
+# %% ../../nbs/24_signs.ipynb #75b25b8e
 def vote(
     near: Nearest,  # at least k neighbors of M queries, or all there are
     labels: Tensor,  # (N,) classes of the bank
@@ -105,6 +108,7 @@ def vote(
     weights = (near.cosines[:, :k] / temperature).exp()
     return weights.new_zeros(len(weights), classes).scatter_add_(1, labels[near.rows[:, :k]], weights)
 
+# %% ../../nbs/24_signs.ipynb #39804d2a
 def knn(
     x: Tensor,  # (N, D) features of the images whose classes are known
     y: Tensor,  # (N,) their classes
@@ -147,14 +151,17 @@ class Rule(NamedTuple):
     curves: tuple  # the keys that betray it
     page: str
 
+# %% ../../nbs/24_signs.ipynb #ac76efb3
 def unexplained(line: dict) -> float:  # about 0.85 to 1 = it knows the mean only, 0 = it knows everything
     "About the share of the target's variance that the predictor misses, from a line of metrics; nan if it lacks one."
     return 2 * line.get('loss', float('nan')) / max(line.get('feature_std', float('nan')), 1e-6) ** 2
 
+# %% ../../nbs/24_signs.ipynb #4bce4f3b
 def _collapsed(m, warm):
     if not warm: return m.get('feature_std', 1) < .01
     return m.get('feature_std', 1) < .05 or m.get('rankme', 9) < 2 or m.get('cosine', 0) > .99
 
+# %% ../../nbs/24_signs.ipynb #b1f6c232
 def _untrained(m, warm):
     norms = [m[f'grad_{part}'] for part in PARTS if f'grad_{part}' in m]
     return min(norms, default=1) < 1e-5 * max(norms, default=1)

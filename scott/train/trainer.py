@@ -251,7 +251,7 @@ def in_words(
     if minutes < 2: return 'less than 2 minutes'
     return f'about {minutes:.0f} minutes' if minutes < 60 else f'about {minutes / 60:.1f} hours'
 
-
+# %% ../../nbs/70_trainer.ipynb #613a13fd
 class Progress:
     "How far a training is, on stderr: a bar in a terminal, elsewhere a plain line now and then."
     def __init__(self,
@@ -288,7 +288,7 @@ class Line(NamedTuple):
     seconds: float  # of this process since then
     made: float  # share of these steps that it made itself
 
-
+# %% ../../nbs/70_trainer.ipynb #eaad0589
 def fit(
     trainer: Trainer,
     log: Callable,  # Line -> what is shown beside the progress, or None; called every `log_every` steps and at the end
