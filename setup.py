@@ -1,8 +1,10 @@
 """Packaging: everything said here is read from settings.ini."""
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
@@ -11,6 +13,16 @@ cfg = parser['DEFAULT']
 licenses = {'bsd2': 'BSD-2-Clause'}  # settings.ini's name: SPDX name
 statuses = {'3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
 readme = here/'README.md'
+
+
+class WithResults(build_py):
+    """nbs/results goes with an installed package, as scott/results; a checkout keeps it where it is."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(here/'nbs/results', Path(self.build_lib)/cfg['lib_path']/'results', dirs_exist_ok=True)
+
 
 setup(
     name=cfg['lib_name'],
@@ -38,5 +50,6 @@ setup(
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
     },
+    cmdclass={'build_py': WithResults},
     zip_safe=False,
 )

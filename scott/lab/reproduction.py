@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'PROBES', 'LABELED', 'RUNS', 'learning_curve', 'store', 'reproduce', 'main', 'hours', 'cell', 'readings',
-           'describe']
+           'describe', 'results']
 
 # %% ../../nbs/40_reproduction.ipynb #336beccf
 import json
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 from tqdm import tqdm
@@ -133,3 +134,16 @@ def describe(
             f"{c['img_size']} px, {c['depth']} blocks, width {c['embed_dim']}",
             f"{table['epoch']:.0f} epochs = {table['step']:,} steps, seed {c['seed']}",
             f"{m['hardware']}{threads}, {hours(read_metrics(folder), c['batch_size']):.1f} h")
+
+# %% ../../nbs/40_reproduction.ipynb #bdcc202d
+def results(
+    name: str,  # of a file or folder there, e.g. 'bench_cpu.json' or 'flowers102-small'
+) -> Path:
+    "Where a stored result is: in the installed package, or in nbs/results of a checkout."
+    package = Path(str(files('scott')))
+    places = [package / 'results', package.parent / 'nbs' / 'results']
+    found = [place / name for place in places if (place / name).exists()]
+    if not found:
+        names = sorted(path.name for place in places for path in place.glob('*'))
+        raise FileNotFoundError(f'no stored result {name!r}: there are {", ".join(names) or "none"}')
+    return found[0]
