@@ -25,7 +25,7 @@ class WithResults(build_py):
 
 
 setup(
-    name=cfg['lib_name'],
+    name=cfg['pip_name'],
     version=cfg['version'],
     description=cfg['description'],
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else cfg['description'],

@@ -59,7 +59,7 @@ def test_an_installation_asks_for_what_its_modules_import(installed):
     imported = {packages[name][0] for name in names}
     assert imported - {'pillow'} <= asked  # torchvision asks for Pillow
     assert not [r for r in asked if re.match('nbdev|fastcore|pytest|jupyter', r)], 'a development tool at run time'
-    assert about.metadata['Name'] == 'scott' and about.version == importlib.import_module('scott').__version__
+    assert about.metadata['Name'] == cfg['pip_name'] and about.version == importlib.import_module('scott').__version__
 
 
 def test_commands_of_an_installation_can_be_called(installed):
