@@ -108,7 +108,8 @@ def memory_still() -> Figure:
 SCRIPTS = dict(masks=('common', 'patches', 'masks'), field=('common', 'patches', 'field'), memory=('common', 'memory'))
 STILLS = dict(masks=masks_still, field=field_still, memory=memory_still)
 ALT = dict(
-    masks='Masks of three kinds on 14 by 14 patches, and below each how often a patch is visible in 1,000 masks: evenly '
+    masks='Masks of three kinds on 14 by 14 patches, and below each how often a patch is visible in '
+          '1,000 masks: evenly '
           'for uniform masks, mostly in the center for blockwise ones, mostly at the border for multi-block ones.',
     field='Receptive field of the middle of 7 by 7 tokens. With the mask it covers visible pixels only; without it, '
           'it is a square of 61 by 61 pixels, hidden ones among them.',
