@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -199,10 +200,12 @@ def make_tokenizer(
 
 # %% ../nbs/13_encoder.ipynb #83ab7233
 FILES = 'config.json', 'model.safetensors'  # of a saved module
-PUBLISHED = {}  # name -> OWNER/NAME on the Hugging Face Hub; no encoder is published yet
+PUBLISHED = {  # name -> folder of a finished encoder that comes with the package
+    weights.parent.name: str(weights.parent)
+    for weights in sorted(Path(str(files('scott'))).glob(f'encoders/*/{FILES[1]}'))}
 
 def find_pretrained(
-    source: str | Path,  # a name in PUBLISHED, a folder, or OWNER/NAME on the Hub
+    source: str | Path,  # a name in PUBLISHED, a folder, or OWNER/NAME on the Hub, in this order
 ) -> str:  # a folder that is there, or OWNER/NAME
     "Where a saved module lies. What can only be a path is never looked for on the Hub; ValueError if it isn't there."
     if source in PUBLISHED: return PUBLISHED[source]
@@ -215,8 +218,8 @@ def find_pretrained(
     if os.path.isfile(folder): raise ValueError(f'{source} is a file: name the folder that it lies in')
     is_name = isinstance(source, str) and re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', source)
     if is_name and not os.path.exists(os.path.dirname(folder)): return source
-    raise ValueError(f'{source}: no such folder, and no published encoder has that name (published: '
-                     f'{", ".join(PUBLISHED) or "none yet"}); a repository of the Hugging Face Hub is OWNER/NAME')
+    raise ValueError(f'{source}: no such folder, and no encoder of that name comes with the package (there are: '
+                     f'{", ".join(PUBLISHED)}); a repository of the Hugging Face Hub is OWNER/NAME')
 
 # %% ../nbs/13_encoder.ipynb #89898e4a
 def load_strictly(
@@ -245,7 +248,7 @@ class Pretrained(PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(cls,
-        source: str | Path,  # the name of a published encoder (none yet), a folder, or OWNER/NAME on the Hub
+        source: str | Path,  # a name in PUBLISHED, a folder, or OWNER/NAME on the Hub
         revision: str | None = None,  # on the Hub: a branch, a tag or a commit; None = the newest
         map_location: str | torch.device = 'cpu',  # where the weights go
         **changes,  # arguments instead of those in config.json
