@@ -93,7 +93,7 @@ def patch_mask(
 
 # %% ../nbs/12_tokenizer.ipynb #b9afc2c5
 class PatchEmbed(nn.Module):
-    "The ViT's tokenizer: cut the image into patches and project each by the same matrix (one strided convolution)."
+    "The ViT's tokenizer: cut the image into patches, project each by the same matrix."
 
     def __init__(
         self,
@@ -110,14 +110,15 @@ class PatchEmbed(nn.Module):
     def forward(
         self,
         images: Tensor,  # (B, C, H, W), sides multiples of patch_size
-        keep: Tensor | None = None,  # (B, N) bool, True = visible; None = everything is visible
+        keep: Tensor | None = None,  # (B, N) bool, True = visible; None = all visible
     ) -> Tensor:  # (B, N, D), 0 at the hidden positions
         mask = patch_mask(keep, images, self.patch_size)
-        return apply_mask(self.proj(images), mask).flatten(2).transpose(1, 2)  # b d h w -> b (h w) d
+        tokens = apply_mask(self.proj(images), mask)  # b d h w
+        return tokens.flatten(2).transpose(1, 2)  # b (h w) d
 
 # %% ../nbs/12_tokenizer.ipynb #2fbd5984
 class SparseTokenizer(nn.Module):
-    "SCOTT's tokenizer (arXiv 2502.18056): two masked stages of 7x7 convolution, ReLU and max-blur-pool; stride 16."
+    "SCOTT (arXiv 2502.18056): two masked stages of 7x7 convolution, ReLU, max-blur-pool."
 
     patch_size = 16
 
@@ -128,16 +129,17 @@ class SparseTokenizer(nn.Module):
         hidden_dim: int = 64,  # channels between the two stages
     ):
         super().__init__()
-        self.conv1 = SparseConv2d(in_chans, hidden_dim, 7, stride=2, padding=3, bias=False)
+        same = dict(stride=2, padding=3, bias=False)
+        self.conv1 = SparseConv2d(in_chans, hidden_dim, 7, **same)
         self.pool1 = MaxBlurPool2d(hidden_dim)
-        self.conv2 = SparseConv2d(hidden_dim, embed_dim, 7, stride=2, padding=3, bias=False)
+        self.conv2 = SparseConv2d(hidden_dim, embed_dim, 7, **same)
         self.pool2 = MaxBlurPool2d(embed_dim)
         for conv in (self.conv1, self.conv2): nn.init.kaiming_normal_(conv.weight)
 
     def forward(
         self,
         images: Tensor,  # (B, C, H, W), sides multiples of 16
-        keep: Tensor | None = None,  # (B, N) bool, True = visible; None = everything is visible
+        keep: Tensor | None = None,  # (B, N) bool, True = visible; None = all visible
     ) -> Tensor:  # (B, N, D), 0 at the hidden positions
         mask = patch_mask(keep, images, self.patch_size)
         x = apply_mask(images, mask)  # b c H W
