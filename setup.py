@@ -1,8 +1,10 @@
 """Packaging: everything said here is read from settings.ini."""
+import shutil
 from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
@@ -12,8 +14,18 @@ licenses = {'bsd2': 'BSD-2-Clause'}  # settings.ini's name: SPDX name
 statuses = {'3': '3 - Alpha', '4': '4 - Beta', '5': '5 - Production/Stable'}
 readme = here/'README.md'
 
+
+class WithResults(build_py):
+    """nbs/results goes with an installed package, as scott/results; a checkout keeps it where it is."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(here/'nbs/results', Path(self.build_lib)/cfg['lib_path']/'results', dirs_exist_ok=True)
+
+
 setup(
-    name=cfg['lib_name'],
+    name=cfg['pip_name'],
     version=cfg['version'],
     description=cfg['description'],
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else cfg['description'],
@@ -31,6 +43,7 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
+    package_data={cfg['lib_name']: ['encoders/*/*', 'look/figures/*']},  # finished encoders; figures to move
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
@@ -38,5 +51,6 @@ setup(
         'console_scripts': cfg['console_scripts'].split(),
         'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
     },
+    cmdclass={'build_py': WithResults},
     zip_safe=False,
 )

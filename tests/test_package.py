@@ -43,6 +43,12 @@ def test_an_installation_has_every_module(installed):
     assert there == here
 
 
+def test_an_installation_has_every_stored_result(installed):
+    there, here = ({p.relative_to(top): p.read_bytes() for p in top.rglob('*') if p.is_file()}
+                   for top in (installed/'scott'/'results', ROOT/'nbs'/'results'))
+    assert there == here and here
+
+
 def test_an_installation_asks_for_what_its_modules_import(installed):
     about, = distributions(path=[str(installed)])
     asked = {re.match(r'[\w-]+', r)[0] for r in about.requires if 'extra ==' not in r}
@@ -53,7 +59,7 @@ def test_an_installation_asks_for_what_its_modules_import(installed):
     imported = {packages[name][0] for name in names}
     assert imported - {'pillow'} <= asked  # torchvision asks for Pillow
     assert not [r for r in asked if re.match('nbdev|fastcore|pytest|jupyter', r)], 'a development tool at run time'
-    assert about.metadata['Name'] == 'scott' and about.version == importlib.import_module('scott').__version__
+    assert about.metadata['Name'] == cfg['pip_name'] and about.version == importlib.import_module('scott').__version__
 
 
 def test_commands_of_an_installation_can_be_called(installed):

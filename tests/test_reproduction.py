@@ -93,3 +93,17 @@ def test_stored_results_name_no_folder_of_a_machine():
 def test_hours_are_steps_times_images_over_throughput():
     metrics = [dict(step=10, images_per_s=32.), dict(step=30, images_per_s=64.)]
     assert reproduction.hours(metrics, 32) == pytest.approx((10 + 10) / 3600)
+
+
+def test_a_stored_result_is_found_in_a_checkout_and_in_an_installation(tmp_path, monkeypatch):
+    assert reproduction.results('published.json') == RESULTS / 'published.json'
+    assert Run(reproduction.results('flowers102-small')).config.depth == 7
+    with pytest.raises(FileNotFoundError, match="no stored result 'nothing.json': there are bench_cpu.json, .*published.json"):
+        reproduction.results('nothing.json')
+    monkeypatch.setattr(reproduction, 'files', lambda name: tmp_path / 'site-packages' / name)
+    kept = tmp_path / 'site-packages' / 'scott' / 'results'
+    kept.mkdir(parents=True)
+    (kept / 'published.json').touch()
+    assert reproduction.results('published.json') == kept / 'published.json'
+    (kept / 'published.json').unlink()
+    with pytest.raises(FileNotFoundError, match='there are none'): reproduction.results('published.json')
