@@ -110,7 +110,7 @@ def write_encoder(
     kept = {k: v for k, v in run.stored.items() if k not in ('out', 'data_root', 'pictures')}
     (folder / 'run.json').write_text(json.dumps(kept, indent=1))
     data = run.config.data
-    table = {**run.table(data), 'config': kept, 'command': f'scott_probe {folder.name}'}
+    table = {**run.table(data), 'config': kept, 'command': f'scott_probe {folder.name}', 'missing': []}
     table['flags'] = {**table['flags'], 'run': folder.name, 'data_root': None, 'json': None}
     (folder / f'probe_{data}.json').write_text(json.dumps(table))
     for file in folder.iterdir(): file.chmod(0o644)  # safetensors lets only the owner read
