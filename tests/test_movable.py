@@ -84,7 +84,7 @@ def files(figures, tmp_path_factory):
 def inside(name, what):
     """An element in a figure, as JavaScript: the first whose selector, or whose text, is `what`."""
     root = f'{FIGURE % name}.shadowRoot'
-    if re.match(r'[\w#.\[]', what) and not what[0].isupper():
+    if re.fullmatch(r'canvas|svg|button|\..+', what):
         return f'{root}.querySelector({json.dumps(what)})'
     return f'[...{root}.querySelectorAll("button, label")].find(e => e.textContent.trim() == {json.dumps(what)})'
 

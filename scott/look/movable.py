@@ -48,13 +48,12 @@ def pixels_read(
 ) -> torch.Tensor:  # (16 rows, 16 columns) bool
     "Which pixels a token of `SparseTokenizer` depends on, by its gradient."
     rows, columns = (grid, grid) if keep is None else keep.shape
-    tokenizer = SparseTokenizer(1, 1, 1)
-    for conv in (tokenizer.conv1, tokenizer.conv2): torch.nn.init.ones_(conv.weight)
-    g = torch.Generator().manual_seed(0)
-    images = torch.rand(192, 1, 16 * rows, 16 * columns, generator=g).requires_grad_()
+    tokenizer, g = SparseTokenizer(1, 8, 8), torch.Generator().manual_seed(0)
+    for conv in (tokenizer.conv1, tokenizer.conv2): torch.nn.init.normal_(conv.weight, generator=g)
+    images = torch.randn(64, 1, 16 * rows, 16 * columns, generator=g).requires_grad_()
     batch = None if keep is None else keep.view(1, -1).expand(len(images), -1)
-    tokens = tokenizer(images, batch)  # b n 1
-    return torch.autograd.grad(tokens[:, row * columns + column].sum(), images)[0].sum((0, 1)) > 0
+    tokens = tokenizer(images, batch)  # b n 8
+    return torch.autograd.grad(tokens[:, row * columns + column].sum(), images)[0].abs().sum((0, 1)) > 0
 
 # %% ../../nbs/35_movable.ipynb #5ce5918e
 def field_still() -> Figure:
