@@ -3,7 +3,9 @@ BIN := .venv/bin
 READY := .venv/ready
 MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 
-.PHONY: help venv demo test test-slow docs readme clean
+OLDEST := $(shell sed -n 's/^requirements *=.*\btorch>=\([0-9.]*\).*/\1/p' settings.ini)
+
+.PHONY: help venv demo test test-slow compat docs readme clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -25,17 +27,23 @@ test: $(READY)  ## all quick checks: export, clean, every page, the tests; in le
 test-slow: $(READY)  ## what is long by nature: whole runs, kills by the hundred, several processes
 	$(BIN)/python tests/check.py slow
 
+compat:  ## the pages with the oldest supported PyTorch, in .venv-compat (PYTHON as for venv; downloads it)
+	$(PYTHON) -m venv .venv-compat
+	.venv-compat/bin/python -m pip install -q "torch==$(OLDEST).*" torchvision -e '.[dev]'
+	.venv-compat/bin/nbdev_test --n_workers 2 --timing
+
 docs:  ## the site, into _docs/ (needs Quarto)
 	@command -v quarto >/dev/null || \
 	  { echo 'make docs needs Quarto: install it from https://quarto.org/docs/get-started, then run make docs again' >&2; exit 1; }
 	@$(MAKE) readme  # first: nbdev_docs makes a README of its own when this one is older than its page
-	PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs
+	$(BIN)/python tests/llms.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=tests nbdev_docs
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tests/readme.py
 
 clean:  ## remove what tests and docs leave behind; .venv and runs/ stay
-	rm -rf _proc _docs nbs/nbdev.yml nbs/sidebar.yml build dist .pytest_cache
+	rm -rf _proc _docs nbs/nbdev.yml nbs/sidebar.yml nbs/llms.txt build dist .pytest_cache
 	find . -path ./.venv -prune -o -path ./runs -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -print | xargs rm -rf
 
 $(READY): settings.ini setup.py

@@ -1,12 +1,15 @@
 """All checks, one after the other though one fails, and at the end a list of what failed.
 
-`python tests/check.py`       the export, the cleaning, then every page and beside it the tests that aren't slow
+`python tests/check.py`       the export, the cleaning, then every page, alone as on Colab, and beside it the tests
+                              that aren't slow
 `python tests/check.py slow`  the slow tests and the pages with slow cells
 """
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,10 +20,10 @@ PYTEST = [sys.executable, '-m', 'pytest', '-q', '-rfEs', '--tb=short', '--durati
           '--continue-on-collection-errors', 'tests']
 
 
-def run(name, command, pattern):
+def run(name, command, pattern, place=None, **variables):
     """Run a command, its lines printed behind `name`; what failed, as lines: the matches of `pattern`."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PYTHONUNBUFFERED': '1'}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'MPLBACKEND': 'agg', 'PYTHONUNBUFFERED': '1', **variables}
+    process = subprocess.Popen(command, cwd=place or ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True, errors='replace')
     failed = []
     for line in process.stdout:
@@ -46,14 +49,38 @@ def unchanged(command, folder, suffix):
     return failed + [f'{command} changed {path}: look at it, then commit it' for path in changed]
 
 
+def alone(place):
+    """Into an empty folder: the package as pip installs it from a wheel, and each page in a folder of its own."""
+    for name in ('scott', 'nbs/results'):
+        shutil.copytree(ROOT/name, place/'source'/name, ignore=shutil.ignore_patterns('__pycache__'))
+    for name in ('setup.py', 'settings.ini', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT/name, place/'source')
+    pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
+    subprocess.run([*pip, 'wheel', '--no-deps', '--no-build-isolation', '-w', place, place/'source'], check=True)
+    wheel, = place.glob('*.whl')
+    subprocess.run([*pip, 'install', '--no-deps', '--target', place, wheel], check=True)
+    shutil.move(place/'source'/'settings.ini', place)  # nbdev takes its folder for the one to import from
+    shutil.rmtree(place/'source')
+    for path, page in files('nbs', '.ipynb').items():
+        folder = (place/path).with_suffix('')
+        folder.mkdir(parents=True)
+        (folder/Path(path).name).write_bytes(page)
+
+
+def pages():
+    """Run every page; what failed."""
+    with tempfile.TemporaryDirectory() as place:
+        alone(Path(place))
+        workers = str(os.cpu_count())  # the tests run beside them
+        return run('pages', [BIN/'nbdev_test', '--n_workers', workers, '--timing'], PAGES, place, PYTHONPATH=place)
+
+
 def quick():
     """What `make test` runs; what failed."""
     failed = unchanged('nbdev_export', 'scott', '.py') + unchanged('nbdev_clean', 'nbs', '.ipynb')
-    workers = str(os.cpu_count())  # the tests run beside them
-    steps = [('pages', [BIN/'nbdev_test', '--n_workers', workers, '--timing'], PAGES),
-             ('tests', [*PYTEST, '-m', 'not slow'], TESTS)]
     with ThreadPoolExecutor() as pool:
-        return failed + sum(pool.map(lambda step: run(*step), steps), [])
+        steps = [pool.submit(pages), pool.submit(run, 'tests', [*PYTEST, '-m', 'not slow'], TESTS)]
+        return failed + sum((step.result() for step in steps), [])
 
 
 def slow():

@@ -119,7 +119,7 @@ def test_opening_code_cells(path):
     owns = any(d in ('export', 'exports', 'exporti') for d in exports)
     if owns:
         assert code[0].startswith('#| default_exp ')
-    for module in [code[0].split()[-1]] * owns + [d.split()[1] for d in exports if ' ' in d]:
+    for module in ([code[0].split()[-1]] if owns else []) + [d.split()[1] for d in exports if ' ' in d]:
         assert (ROOT/'scott'/(module.replace('.', '/') + '.py')).exists(), f'no module {module}'
     if code:
         assert code[1 if owns else 0] == INSTALL
@@ -162,7 +162,7 @@ def test_size(path):
         lines = cell['source'].splitlines()
         exported = any(d.startswith('export') for d in directives(cell['source']))  # a class is one cell
         assert len(lines) <= (90 if exported else 45), f'{len(lines)} lines: {lines[:3]}'
-        assert not [line for line in lines if len(line) > 120]
+        assert not [line for line in lines if len(line) > 120 and not line.startswith('#| fig-')]  # captions are prose
 
 
 @pages

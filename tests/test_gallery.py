@@ -10,18 +10,20 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import write_images
 from PIL import Image
 
 from scott.look import gallery as gallery_module
-from scott.look.gallery import CAPTIONS, SAMPLE, Options, check_options, draw, draw_sample, main, map_picture, page, png
+from scott.look.gallery import (CAPTIONS, SAMPLE, Options, check_options, draw, draw_sample, enlarge, larger_pictures, main,
+                                map_picture, page, png)
 from scott.probe.features import source
 from scott.train.config import Config, build, identity
 from scott.train.files import write_checkpoint
 from scott.train.run import Run
 
 TOY = dict(img_size=64, embed_dim=32, depth=2, predictor_depth=1, num_heads=2, device='cpu')
-ALL = ['pca', 'attention', 'search', 'pairs', 'prediction', 'map', 'masks']
+ALL = ['pca', 'pca_large', 'attention', 'attention_large', 'search', 'search_large', 'pairs', 'prediction', 'map', 'masks']
 
 
 def write_run(run, checkpoint=True, **changes):
@@ -90,7 +92,7 @@ def test_the_head_says_what_it_is(gallery, place):
     text = (gallery / 'gallery.html').read_text()
     facts = dict(re.findall('<dt>(.*)</dt><dd>(.*)</dd>', text))
     assert facts['run'] == 'run' and facts['data'] == f'folder:{place}/images, test split' and facts['step'] == '1,234'
-    assert facts['image size'] == '64 px' and facts['seed'] == '0' and 'left out' not in facts
+    assert facts['image size'] == '64 px, enlarged 2 times' and facts['seed'] == '0' and 'left out' not in facts
     assert facts['images'].startswith('3 shown, 12 read')
     said = ' '.join(Reader(text).said)
     assert all(caption in said for caption, _ in CAPTIONS.values())
@@ -203,6 +205,34 @@ def test_a_collapsed_run(place, tmp_path):
     assert all((points.get_offsets() == 0).all() for points in trained.collections)
 
 
+def test_larger_pictures(place):
+    images = torch.randint(256, (40, 3, 64, 64), generator=torch.Generator().manual_seed(0)).byte()
+    big = enlarge(images, 3)
+    assert big.shape == (40, 3, 192, 192) and big.dtype == torch.uint8
+    assert (F.avg_pool2d(enlarge(images // 8 + 100, 2).float(), 2) - (images // 8 + 100)).abs().max() < 16  # in place
+    encoders = {name: Run(place / 'run').encoder(which) for name, which in (('random', 'random'), ('trained', 'target'))}
+    for scale in (2, 3):
+        found = larger_pictures(encoders, images, 2, -1, (3, 0), scale)
+        assert list(found) == ['pca_large', 'attention_large', 'search_large']
+        shapes = {ax.images[0].get_array().shape[:2] for ax in found['pca_large'].figure.axes}
+        assert shapes == {(64 * scale, 64 * scale), (4 * scale, 4 * scale)}
+        row, column = 3 * scale + scale // 2, scale // 2  # within the same patch of the training size
+        assert f'row {row}, column {column}' in found['search_large'].title and f'{scale} times' in found['search_large'].title
+
+
+def test_no_larger_pictures(place):
+    drawn = draw(Options(str(place / 'run'), images=2, scale=1))
+    assert list(drawn.pictures) == [name for name in ALL if not name.endswith('large')]
+    assert drawn.facts['image size'] == '64 px'
+
+
+def test_every_picture_has_its_own_description(gallery):
+    document = Reader((gallery / 'gallery.html').read_text())
+    alts = [alt for _, alt in document.pictures]
+    assert len(set(alts)) == len(alts) and all(alt.count('. ') and 40 < len(alt) < 300 for alt in alts)
+    assert document.tags.count('div') == len(alts)  # a box that scrolls, so that the page doesn't
+
+
 def test_the_sample():
     labels = torch.arange(3000) % 30
     rows = draw_sample(labels, 8, 3)
@@ -222,7 +252,7 @@ def test_the_query(place):
 
 
 @pytest.mark.parametrize('words, says', [
-    ('', 'required'), ('{run} --image 3', '--image'), ('{run} --images many', 'many'),
+    ('', 'required'), ('{run} --image 3', '--image'), ('{run} --scale 0', '--scale 0'), ('{run} --images many', 'many'),
     ('{place}/images', 'no run folder'), ('{place}/nowhere', 'no run folder'),
     ('{run} --images 0', '--images 0'), ('{run} --images -2', '--images -2'), ('{run} --images 65', '--images 65'),
     ('{run} --images 13', '12 test images'), ('{run} --block 2', '2 blocks'), ('{run} --block -3', '2 blocks'),

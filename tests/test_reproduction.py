@@ -62,18 +62,35 @@ def test_an_unknown_run_is_refused(tmp_path):
         reproduction.reproduce('flowers', tmp_path, tmp_path)
 
 
-@pytest.mark.parametrize('folder', sorted(p.parent for p in RESULTS.glob('*/probe_flowers102.json')
-                                          if p.parent.name in reproduction.RUNS), ids=lambda p: p.name)
-def test_a_stored_run_is_what_its_name_says(folder):
-    "The stored configuration is that of the command, and the table is of the last step."
-    config = Run(folder).config
-    asked = Config.of(**vars(parser_of(Config, 'scott_pretrain').parse_args(reproduction.RUNS[folder.name].split())))
-    for key in ('data', 'ssl_split', 'img_size', 'embed_dim', 'depth', 'epochs', 'batch_size', 'lr', 'warmup_epochs', 'seed'):
+@pytest.mark.parametrize('name', [name for name in reproduction.RUNS if (RESULTS / name).is_dir()])
+def test_a_stored_run_is_what_its_name_says(name):
+    "The stored configuration is that of the command, and the last table is of the last step."
+    config = Run(RESULTS / name).config
+    asked = Config.of(**vars(parser_of(Config, 'scott_pretrain').parse_args(reproduction.RUNS[name].split())))
+    for key in ('ssl_split', 'img_size', 'embed_dim', 'depth', 'epochs', 'batch_size', 'lr', 'warmup_epochs', 'seed',
+                'tokenizer', 'mask', 'mask_ratio', 'predictor_depth', 'momentum', 'momentum_final'):
         assert getattr(config, key) == getattr(asked, key), key
-    table = Run(folder).table('flowers102')
-    assert table['step'] == Run(folder).metrics[-1]['step']
+    assert config.data.partition(':')[0] == asked.data.partition(':')[0]  # a folder may lie elsewhere
+    table = reproduction.reports(name)[-1]
+    assert table['step'] == Run(RESULTS / name).metrics[-1]['step'] and table['epoch'] == asked.epochs
     assert {r['encoder'] for r in table['rows']} >= {'raw pixels', 'random initialization', 'context', 'target'}
-    assert table['epoch'] == asked.epochs
+
+
+def test_reports_are_the_usual_tables_of_a_run_by_step(tmp_path, monkeypatch):
+    "By our protocol, of the last block, on the run's own data; older files lack some flags."
+    monkeypatch.setattr(reproduction, 'results', lambda name: tmp_path)
+    def put(file, step, data='flowers102', **flags):
+        report = dict(step=step, data=data, config=dict(data='flowers102'), flags=flags, rows=[])
+        (tmp_path / file).write_text(json.dumps(report))
+    put('table.json', 30, protocol='honest', block=-1, norm=True)
+    put('probe_flowers102.json', 30, protocol='honest', block=-1, norm=True)
+    put('probe_step20.json', 20)
+    put('probe_flowers102_paper.json', 30, protocol='paper', block=-1, norm=True)
+    put('probe_flowers102_block1.json', 31, protocol='honest', block=1, norm=True)
+    put('probe_flowers102_raw.json', 32, protocol='honest', block=-1, norm=False)
+    put('probe_pets37.json', 33, data='pets37', protocol='honest', block=-1, norm=True)
+    put('config.json', 34)
+    assert [r['step'] for r in reproduction.reports('any')] == [20, 30]
 
 
 @pytest.mark.parametrize('words, says', [([], 'NAME'), (['flowers', '--fast'], '--fast'), (['flowers'], 'choose one of')])
@@ -88,6 +105,10 @@ def test_stored_results_name_no_folder_of_a_machine():
     files = [p for p in RESULTS.rglob('*') if p.suffix in ('.json', '.jsonl')]
     assert len(files) > 10
     for path in files: assert not re.search(r'["= ](/|~/|[A-Z]:)[A-Za-z]', path.read_text()), path
+
+
+def test_nothing_stored_is_no_report():
+    assert reproduction.reports('nobody-ran-this') == []
 
 
 def test_hours_are_steps_times_images_over_throughput():

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from scipy.stats import entropy
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from scott.train.config import Config, build
-from scott.train.signs import (PARTS, Neighbors, health_line, knn, look, mean_cosine, panel, part_norms, rankme, rows_of_parts,
-                         unexplained, verdict, weight_distance)
+from scott.train.signs import (PARTS, Neighbors, health_line, knn, look, mean_cosine, name_curves, panel, part_norms, rankme,
+                         rows_of_parts, unexplained, verdict, weight_distance)
 
 RESULTS = Path(__file__).resolve().parent.parent/'nbs'/'results'
 TINY = dict(img_size=32, mask='uniform', embed_dim=16, depth=1, predictor_depth=1)
@@ -189,8 +190,22 @@ def test_panel_has_six_plots_and_shows_what_there_is():
         assert {c.get_color() for c in limits} <= {c.get_color() for c in curves}  # each as its curve
     assert fig.get_suptitle().replace('\n', ' ') == verdict(metrics)['text']
     old = [{k: m[k] for k in ('step', 'loss', 'feature_std', 'lr')} for m in metrics]
-    assert [t.get_text() for ax in panel(old).axes for t in ax.texts] == ['not measured'] * 4
-    assert 'k-NN 39 (random 20)' in health_line(metrics) and 'rank 70' in health_line(story())
+    texts = [t.get_text() for ax in panel(old).axes for t in ax.texts]
+    assert texts.count('not measured') == 4 and {'feature std', 'unexplained'} <= set(texts) and 'cosine' not in texts
+    assert 'quick k-NN 39 (random 20)' in health_line(metrics) and 'rank 70' in health_line(story())
+
+
+@pytest.mark.parametrize('ends, scale', [((.5, .5, .51), 'linear'), ((0., 1e-9, 1.), 'log'), ((math.nan, .2), 'linear')])
+def test_names_of_curves_stand_apart_in_the_order_of_the_ends(ends, scale):
+    ax = Figure().subplots()
+    curves = {f'curve {i}': ax.plot([0, 1], [.1, y])[0] for i, y in enumerate(ends)}
+    ax.set_yscale(scale)
+    name_curves(ax, curves)
+    names = sorted(ax.texts, key=lambda t: t.get_position()[1])
+    assert [t.get_text() for t in names] == [f'curve {i}' for i in range(len(ends))]
+    assert [t.get_color() for t in names] == [curve.get_color() for curve in curves.values()]
+    heights = [t.get_position()[1] for t in names]
+    assert heights[0] >= 0 and min(np.diff(heights)) >= .0999
 
 
 def test_features_that_are_no_numbers_are_measured_and_not_an_error():

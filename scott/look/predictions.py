@@ -136,7 +136,7 @@ def predict(
     images: Tensor,  # (B, 3, H, W), normalized, of the size it was built for
     keep: Tensor,  # (B, N) bool, True = visible
 ) -> Tensor:  # (B, N, D)
-    "What the network expects the target to say, from the visible patches alone."
+    "What the network expects the target's tokens to be, from the visible patches alone."
     jepa.eval()
     return jepa.predictor(jepa.context(images, keep)).float()
 

@@ -23,7 +23,7 @@ from ..train.trainer import Trainer, fit
 
 # %% ../../nbs/33_heads.ipynb #967e046f
 class SimpleAttentive(nn.Module):
-    "The simple attentive probe: one score per token, a softmax over the tokens, their weighted mean, a linear layer."
+    "One score per token, a softmax over the tokens, their weighted mean, a linear layer."
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class SimpleAttentive(nn.Module):
 
 # %% ../../nbs/33_heads.ipynb #c5953cf3
 class MultiHeadAttentive(nn.Module):
-    "The multi-head probe: every head pools its own slice of the projected tokens; an MLP reads the slices together."
+    "Each head pools its own slice of the projected tokens; an MLP reads all slices."
 
     def __init__(
         self,
@@ -58,11 +58,15 @@ class MultiHeadAttentive(nn.Module):
         num_heads: int = 4,  # H pooling heads, divides D
     ):
         super().__init__()
-        if embed_dim % num_heads: raise ValueError(f'embed_dim={embed_dim} is no multiple of num_heads={num_heads}')
+        if embed_dim % num_heads:
+            raise ValueError(f'embed_dim={embed_dim} is no multiple of '
+                             f'num_heads={num_heads}')
         self.score = nn.Linear(embed_dim, num_heads)
-        self.project = nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.LayerNorm(embed_dim))
-        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, embed_dim), nn.LayerNorm(embed_dim),
-                                 nn.SiLU(), nn.Linear(embed_dim, num_classes))
+        self.project = nn.Sequential(nn.Linear(embed_dim, embed_dim),
+                                     nn.LayerNorm(embed_dim))
+        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(embed_dim, embed_dim),
+                                 nn.LayerNorm(embed_dim), nn.SiLU(),
+                                 nn.Linear(embed_dim, num_classes))
 
     def weights(
         self,
@@ -76,12 +80,13 @@ class MultiHeadAttentive(nn.Module):
         x: Tensor,  # (B, N, D) layer-normalized tokens
     ) -> Tensor:  # (B, C) logits
         weights = self.weights(x)
-        slices = self.project(x).unflatten(-1, (weights.shape[1], -1)).transpose(1, 2)  # b n d -> b h n d/h
-        return self.mlp((weights[:, :, None] @ slices).flatten(1))  # b h 1 n @ b h n d/h -> b d
+        slices = self.project(x).unflatten(-1, (weights.shape[1], -1))  # b n h d/h
+        pooled = weights[:, :, None] @ slices.transpose(1, 2)  # b h 1 n @ b h n d/h
+        return self.mlp(pooled.flatten(1))  # b d -> b c
 
 # %% ../../nbs/33_heads.ipynb #d206dffa
 class CrossAttentive(nn.Module):
-    "The cross-attention probe: a learned query attends to the tokens; a SwiGLU and a linear layer read the result."
+    "A learned query attends to the tokens; a SwiGLU and a linear layer read the result."
 
     def __init__(
         self,
@@ -90,10 +95,14 @@ class CrossAttentive(nn.Module):
         num_heads: int = 4,  # attention heads, divides D
     ):
         super().__init__()
-        if embed_dim % num_heads: raise ValueError(f'embed_dim={embed_dim} is no multiple of num_heads={num_heads}')
+        if embed_dim % num_heads:
+            raise ValueError(f'embed_dim={embed_dim} is no multiple of '
+                             f'num_heads={num_heads}')
         self.num_heads = num_heads
         self.query = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.norm_tokens, self.norm_answer, self.norm_out = (nn.LayerNorm(embed_dim) for _ in range(3))
+        self.norm_tokens = nn.LayerNorm(embed_dim)
+        self.norm_answer = nn.LayerNorm(embed_dim)
+        self.norm_out = nn.LayerNorm(embed_dim)
         self.q = nn.Linear(embed_dim, embed_dim, bias=False)
         self.kv = nn.Linear(embed_dim, 2 * embed_dim, bias=False)
         self.proj = nn.Linear(embed_dim, embed_dim, bias=False)
@@ -110,8 +119,9 @@ class CrossAttentive(nn.Module):
         "How much the query attends to each token, for each head."
         q = self.q(self.query).view(self.num_heads, -1)  # h e, with e = d / h
         k = self.kv.weight.chunk(2)[0].unflatten(0, q.shape)  # h e d
-        asks = torch.einsum('he,hed->hd', q, k) / q.shape[1] ** .5  # what each head looks for
-        return (self.norm_tokens(x) @ asks.T).softmax(1).transpose(1, 2)  # b n h -> b h n
+        sought = torch.einsum('he,hed->hd', q, k) / q.shape[1] ** .5  # by each head
+        scores = self.norm_tokens(x) @ sought.T  # b n h
+        return scores.softmax(1).transpose(1, 2)
 
     def forward(
         self,
@@ -130,12 +140,13 @@ def head_logits(
 ) -> Tensor:  # (N, C)
     "The logits of a head, in batches."
     head.eval()
-    with torch.inference_mode(): return torch.cat([head(t.float()).float().cpu() for t in tokens.split(256)])
+    with torch.inference_mode():
+        return torch.cat([head(t.float()).float().cpu() for t in tokens.split(256)])
 
 # %% ../../nbs/33_heads.ipynb #0afa5894
 @dataclass(frozen=True)
 class Recipe:
-    "How something learns from labels: the paper's shapes of schedule. Its numbers are its own, not a pre-training's."
+    "How something learns from labels: the paper's schedules, with numbers of its own."
     epochs: int  # that the schedule is made for
     warmup_epochs: float
     batch_size: int = 64
@@ -149,8 +160,9 @@ class Recipe:
 
     def schedule(self, per_epoch: int) -> Schedule:  # optimizer steps of an epoch
         "Its schedules in steps."
-        return Schedule(self.epochs * per_epoch, self.warmup_epochs * per_epoch, self.lr, self.lr_start, self.lr_final,
-                        self.flat, self.weight_decay, self.weight_decay_final)
+        return Schedule(self.epochs * per_epoch, self.warmup_epochs * per_epoch,
+                        self.lr, self.lr_start, self.lr_final, self.flat,
+                        self.weight_decay, self.weight_decay_final)
 
 # %% ../../nbs/33_heads.ipynb #7bf00f7b
 class HeadLoss(nn.Module):
@@ -159,26 +171,31 @@ class HeadLoss(nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:  # (b, n, D), (b,) -> scalar
+    def forward(self,
+        tokens: Tensor,  # (b, n, D)
+        labels: Tensor,  # (b,)
+    ) -> Tensor:  # a scalar
         return F.cross_entropy(self.head(tokens), labels)
 
 # %% ../../nbs/33_heads.ipynb #0b795cf7
 class TokenFeed:
-    "Batches of tokens and labels in an order of its own for each epoch; the last batch of an epoch may be smaller."
+    "Batches of tokens and labels, newly ordered in each epoch; the last may be smaller."
     def __init__(self,
-        read: Callable,  # (rows (b,), step from 1) -> (b, n, D) frozen, layer-normalized tokens of these rows
+        read: Callable,  # (rows (b,), step from 1) -> (b, n, D) tokens of these rows
         labels: Tensor,  # (N,)
         rows: Tensor,  # which of the N to train on
         batch: int,  # images of a step
         seed: int,  # of the order
     ):
         self.read, self.labels, self.rows, self.batch = read, labels, rows, batch
-        self.generator, self.per_epoch, self.order = torch.Generator().manual_seed(seed), -(-len(rows) // batch), []
+        self.generator, self.order = torch.Generator().manual_seed(seed), []
+        self.per_epoch = -(-len(rows) // batch)
 
     def batches(self, step: int):
         "The one batch of a step; steps come in order."
         if not self.order:
-            self.order = list(self.rows[torch.randperm(len(self.rows), generator=self.generator)].split(self.batch))
+            mixed = self.rows[torch.randperm(len(self.rows), generator=self.generator)]
+            self.order = list(mixed.split(self.batch))
         rows = self.order.pop(0)
         tokens = self.read(rows, step)  # b n d
         yield tokens, self.labels[rows].to(tokens.device)
@@ -192,21 +209,25 @@ class Watched(NamedTuple):
 # %% ../../nbs/33_heads.ipynb #01968230
 def train_head(
     head: nn.Module,  # one of the three attentive heads; trained in place
-    read: Callable,  # (rows (b,), step from 1) -> (b, n, D) frozen, layer-normalized tokens of these rows
+    read: Callable,  # (rows (b,), step from 1) -> (b, n, D) frozen tokens of these rows
     labels: Tensor,  # (N,)
     rows: Tensor,  # which of the N to train on
-    epochs: int,  # passes to make; stopping before the recipe's last is a choice like k or C
+    epochs: int,  # passes to make; stopping before the recipe's last is a choice
     recipe: Recipe,
     watch: Watched | None = None,
 ) -> list:  # top-1 in percent on `watch` after each epoch
     "Train a head by the engine that trains everything; nothing is stored."
     feed, found = TokenFeed(read, labels, rows, recipe.batch_size, recipe.seed), []
+    place = Place(next(head.parameters()).device, None)
     trainer = Trainer(HeadLoss(head).train(), feed, recipe.schedule(feed.per_epoch),
-                      Place(next(head.parameters()).device, None), recipe.seed, compile=False)
+                      place, recipe.seed, compile=False)
     def after(line):
         if bad := trainer.tally.read().first_bad:
-            raise InputError(f'the loss of a head was nan or infinite at step {bad}: leave it out of --probes')
-        if watch: found.append(100 * (head_logits(head, watch.tokens).argmax(1) == watch.labels).double().mean().item())
+            raise InputError(f'the loss of a head was nan or infinite at step {bad}: '
+                             'leave it out of --probes')
+        if watch:
+            right = head_logits(head, watch.tokens).argmax(1) == watch.labels
+            found.append(100 * right.double().mean().item())
         head.train()
     fit(trainer, after, feed.per_epoch, show=False, until=epochs * feed.per_epoch)
     return found
