@@ -9,6 +9,7 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = 'nbs/images'
 LINK = re.compile(r'(\]\(|(?:src|href)=")(?![a-z]+:|#|/)([^)"\s]+)')
+ALT = re.compile(r'^#\| fig-alt: "(.+)"$', re.M)
 DIRECTIVE = re.compile(r'^#\|\s*(.+?)\s*$', re.M)
 
 
@@ -28,6 +29,7 @@ def readme(notebook=ROOT/'nbs/index.ipynb'):
     nb = nbformat.read(notebook, as_version=4)
     nb.metadata['language_info'] = {'name': 'python'}  # so that code blocks are colored
     nb.cells = [cell for cell in nb.cells if visible(cell)]
+    alts = [m[1] for cell in nb.cells for m in ALT.finditer(cell.source)]
     for cell in nb.cells:
         if cell.cell_type == 'markdown':
             cell.source = from_top(cell.source)
@@ -37,6 +39,8 @@ def readme(notebook=ROOT/'nbs/index.ipynb'):
             cell.source = re.sub(r'\A(#\|.*\n)+', '', cell.source)
     text, resources = MarkdownExporter().from_notebook_node(nb, {'output_files_dir': IMAGES, 'unique_key': 'index'})
     text = re.sub(r'[ \t]+$', '', text, flags=re.M)
+    alts = iter(alts)
+    text = re.sub(r'!\[png\]', lambda m: f'![{next(alts)}]', text)
     note = '<!-- Made from nbs/index.ipynb by `make readme`: change that page, not this file. -->\n\n'
     return note + re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', resources['outputs']
 
