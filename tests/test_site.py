@@ -23,11 +23,11 @@ WAITING = {
     'test_links_of_the_site_lead_somewhere': (
         '10_masking 21_augment 78_multiblock').split(),
     'test_links_name_what_they_lead_to': (
-        '23_training 31_health 60_kernels 76_plain').split(),
+        '23_training 31_health 60_kernels').split(),
     'test_every_picture_says_what_it_shows': (
         '12_tokenizer 14_predictor 15_jepa 20_data 21_augment 23_training 31_health 32_visualize '
         '34_predictions 43_bench 60_kernels 61_petals 62_decode 64_config 65_files 66_run '
-        '73_finetune 75_gallery 76_plain index').split(),
+        '75_gallery index').split(),
 }
 
 ATTRIBUTES = re.compile(r'#\| fig-alt: "\S.*"')
