@@ -23,11 +23,10 @@ WAITING = {
     'test_links_of_the_site_lead_somewhere': (
         '10_masking 21_augment 78_multiblock').split(),
     'test_links_name_what_they_lead_to': (
-        '23_training 31_health 71_pretrain 76_plain').split(),
+        '23_training 31_health').split(),
     'test_every_picture_says_what_it_shows': (
         '12_tokenizer 14_predictor 15_jepa 20_data 21_augment 23_training 31_health 32_visualize '
-        '34_predictions 69_feed 70_trainer '
-        '71_pretrain 72_features 73_finetune 75_gallery 76_plain index').split(),
+        '34_predictions 75_gallery index').split(),
 }
 
 ATTRIBUTES = re.compile(r'#\| fig-alt: "\S.*"')

@@ -39,7 +39,7 @@ def check_block(
 # %% ../../nbs/72_features.ipynb #ce05678b
 @dataclass
 class Features:
-    "What a frozen encoder says of a labeled split."
+    "What a frozen encoder returns for a labeled split."
     means: Tensor  # (N, D) float32: mean of an image's tokens
     tokens: Tensor | None  # (N, n, D) float16: the tokens themselves, for the attentive heads
     labels: Tensor  # (N,)
@@ -63,7 +63,7 @@ def read_tokens(
     norm: bool = True,  # a LayerNorm without parameters over D, as for the training targets
     block: int = -1,  # tokens after this block; -1 = the last
 ) -> Tensor:  # (B, N, D) float32
-    "What a frozen encoder says of each patch of a batch."
+    "What a frozen encoder returns for each patch of a batch."
     views = views.contiguous(memory_format=torch.channels_last)
     with torch.autocast(views.device.type, dtype, enabled=dtype is not None):
         x = encoder.eval()(views, block=block).float()

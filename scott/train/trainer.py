@@ -78,7 +78,7 @@ class Tally(nn.Module):
         for total in (self.loss, self.norms, self.steps): total.zero_()
 
     def forget_bad(self):
-        "Take it that the bad steps so far were asked for."
+        "Set the count of bad steps to zero: they were skipped on request."
         self.bad[1:].zero_()
 
 # %% ../../nbs/70_trainer.ipynb #9e7a8d29
