@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'ARROWS', 'ink', 'draw_examples', 'diagram']
 
-# %% ../../nbs/01_start.ipynb #b4bc3087
+# %% ../../nbs/01_start.ipynb #986c0d51
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.patches import FancyBboxPatch
@@ -13,7 +13,7 @@ from matplotlib.patches import FancyBboxPatch
 from ..data.petals import petals
 from ..masking import blockwise
 
-# %% ../../nbs/01_start.ipynb #54644dbc
+# %% ../../nbs/01_start.ipynb #b5df3d97
 PARTS = {  # name: x and y of its middle, width, height, label
     'views': (.55, 1.5, 1.25, .95, 'two views:\nthe same crop,\nother colors'),
     'mask': (3.2, 2.55, .8, .7, 'mask'),
@@ -40,7 +40,7 @@ def ink(
     "Blue for what is in focus, gray for the rest."
     return ('#1f5fa8', '#dce9f7', 'black') if not focus or name in focus else ('#9a9a9a', 'white', '#8a8a8a')
 
-# %% ../../nbs/01_start.ipynb #2c2797b3
+# %% ../../nbs/01_start.ipynb #0f6ecc98
 def draw_examples(
     ax,  # matplotlib's axes
 ):
@@ -51,7 +51,7 @@ def draw_examples(
     for picture, y in ((image * keep + .8 * (1 - keep), 2.55), (.9 * image[..., [1, 0, 2]], .45)):
         ax.imshow(picture, extent=(1.65, 2.45, y - .4, y + .4))
 
-# %% ../../nbs/01_start.ipynb #526bd368
+# %% ../../nbs/01_start.ipynb #7327ab64
 def diagram(
     *focus: str,  # names in PARTS: what is drawn in blue; none = everything
 ):
