@@ -13,13 +13,14 @@ help:  ## this list
 
 venv: $(READY)  ## make .venv with everything in it (PYTHON=python3.12 to choose one)
 
-demo: $(READY)  ## pre-train on the embedded data on a CPU, probe, draw: a few minutes, into runs/demo
+demo: $(READY)  ## pre-train on drawn flowers on a CPU, probe, draw, compare with a finished encoder: minutes, into runs/demo
 	@# a run that make demo made gives way to the next; any other runs/demo is refused by scott_pretrain
 	@[ ! -e runs/demo/.made-by-make-demo ] || rm -rf runs/demo
 	@[ -e runs/demo ] || trap 'touch runs/demo/.made-by-make-demo 2>/dev/null' EXIT; \
 	  $(BIN)/scott_pretrain --preset demo --out runs/demo
 	$(BIN)/scott_probe runs/demo --probes knn,linear
 	$(BIN)/scott_visualize runs/demo
+	$(BIN)/python -m scott.lab.demo runs/demo
 
 test: $(READY)  ## all quick checks: export, clean, every page, the tests; in less than 15 minutes
 	$(BIN)/python tests/check.py
