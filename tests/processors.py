@@ -9,17 +9,20 @@ from nbdev.doclinks import NbdevLookup
 
 LINKED = r'\[(`[^`]+`)\]\([^)]*\)'  # a name that nbdev made a link of
 TEXT_OF_LINK = re.compile(rf'\[((?:[^][]|{LINKED})+)\](?=\()')
+PRIVATE = re.compile(r'\[(`_\w+`)\]\([^)]*\)')  # a link to what has no box on the site
 CODE = re.compile(r'^```.*?^```', re.M | re.S)
 
 
 def plain_names(cell):
-    """Names inside signatures and inside the text of links stay names: neither can hold a link."""
+    """Names inside signatures and inside the text of links stay names: neither can hold a link. Nor do private names: they have no box."""
     if cell.cell_type == 'markdown':
         cell.source = TEXT_OF_LINK.sub(lambda m: '[' + re.sub(LINKED, r'\1', m[1]) + ']', cell.source)
+        cell.source = PRIVATE.sub(r'\1', cell.source)
     for output in cell.get('outputs', []):
         text = ''.join(output.get('data', {}).get('text/markdown', ''))
         if text:
             text = CODE.sub(lambda m: re.sub(LINKED, lambda name: name[1].strip('`'), m[0]), text)
+            text = PRIVATE.sub(r'\1', text)
             output['data']['text/markdown'] = text.splitlines(keepends=True)
 
 

@@ -176,7 +176,8 @@ def test_noise_is_that_of_both_figures_and_never_0():
 def test_stored_runs_raise_no_alarm_at_any_line(name):
     metrics = [json.loads(line) for line in (RESULTS/name/'metrics.jsonl').read_text().splitlines()]
     assert len(metrics) > 100 and not any(verdict(metrics[:n])['alarm'] for n in range(len(metrics) + 1))
-    assert min(map(unexplained, metrics)) > (1 / 3 if name.startswith('petals') else .45)  # 1 / 3 is the limit; drawn flowers come near
+    least = 1 / 3 if name.startswith('petals') else .45  # the alarm's limit is a third; drawn flowers come near it
+    assert min(map(unexplained, metrics)) > least
     spoiled = [{**m, 'distance': 0.} for m in metrics]
     assert verdict(spoiled)['alarm']  # the test can fail
 

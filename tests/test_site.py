@@ -16,19 +16,6 @@ from nbdev.processors import FilterDefaults, exec_show_docs
 from nbdev.showdoc import show_doc
 from test_docs import NBS, PAGES, ROOT, cfg
 
-# Pages that are still to be mended, by test; an entry goes when its page is.
-WAITING = {
-    'test_the_badge_and_the_exported_code_are_shown': (
-        '12_tokenizer 13_encoder').split(),
-    'test_links_of_the_site_lead_somewhere': (
-        '10_masking 21_augment 78_multiblock').split(),
-    'test_links_name_what_they_lead_to': (
-        '23_training 31_health').split(),
-    'test_every_picture_says_what_it_shows': (
-        '12_tokenizer 14_predictor 15_jepa 20_data 21_augment 23_training 31_health 32_visualize '
-        '34_predictions 75_gallery index').split(),
-}
-
 ATTRIBUTES = re.compile(r'#\| fig-alt: "\S.*"')
 HEADING = re.compile(r'^#{1,6} +(.+?)(?: *\{.*\})? *$', re.M)
 names = pytest.mark.parametrize('name', [p.relative_to(NBS).with_suffix('').as_posix() for p in PAGES])
@@ -47,13 +34,6 @@ def box(cell):
 class Site(FilterDefaults):
     def base_procs(self):
         return [box if p is exec_show_docs else p for p in super().base_procs()]
-
-
-@pytest.fixture(autouse=True)
-def waiting(request):
-    test, _, page = request.node.name.partition('[')
-    if page[:-1] in WAITING.get(test, ''):
-        pytest.skip('waits to be mended')
 
 
 @pytest.fixture(scope='module')
