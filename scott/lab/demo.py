@@ -62,7 +62,7 @@ def main(
     parser.add_argument('run', help='folder of a run on petals that has a table')
     run = Run(parser.parse_args(argv).run)
     def words():
-        short, long = run.table('petals'), finished_table('petals-demo-100', 'petals')
+        short, long = run.table('petals'), finished_table('petals-demo', 'petals')
         print(last_words(short, long, (short['epoch'], long['epoch'])))
     run_cli(words, parser.prog)
 

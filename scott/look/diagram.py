@@ -56,7 +56,8 @@ def diagram(
     *focus: str,  # names in PARTS: what is drawn in blue; none = everything
 ):
     "The method in one picture."
-    if set(focus) - set(PARTS): raise ValueError(f'{focus}: the parts are {", ".join(PARTS)}')
+    unknown = sorted(set(focus) - set(PARTS))
+    if unknown: raise ValueError(f'{unknown[0]!r} is no part of the diagram: choose from {", ".join(PARTS)}')
     fig, ax = plt.subplots(figsize=(9.6, 3.3), dpi=80)
     for name, (x, y, w, h, label) in PARTS.items():
         edge, fill, text = ink(name, focus)
