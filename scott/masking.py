@@ -108,7 +108,7 @@ def blockwise(
     *,
     generator=None,    # torch.Generator; the mask is on its device (None: default, CPU)
 ):
-    "Masks whose *visible* part is made of blocks (BEiT): (B, N) bool, True = visible."
+    "Masks with blocks visible (BEiT, arXiv 2106.08254): (B, N) bool, True = visible."
     visible, device = _checked(batch, grid, ratio, generator, min_side=3)
     def numbers(*shape):
         return torch.rand(*shape, generator=generator, device=device).cpu()
@@ -146,7 +146,7 @@ def multiblock(
     target_aspect=(0.75, 1.5),   # its height / width, relative to the grid's
     context_scale=(0.85, 1.0),   # area of the context block, as a fraction of the grid
 ):
-    "Masks of a context block minus target blocks (I-JEPA): (B, N) bool, True = visible."
+    "Context block minus targets (I-JEPA, arXiv 2301.08243): (B, N) bool, True = visible."
     visible, device = _checked(batch, grid, ratio, generator, min_side=3)
     ranges = target_scale, target_aspect, context_scale
     ordered = all(0 < low <= high for low, high in ranges)
