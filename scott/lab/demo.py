@@ -36,12 +36,12 @@ def last_words(
     epochs: tuple,  # of the two
 ) -> str:
     "Both tables side by side, and what follows from them."
-    lines = [f"{'':32}{'k-NN':>22}{'linear':>22}   top-1, %"]
+    lines = [f"{'':32}{'k-NN':>26}{'linear':>26}   top-1, %"]
     for table, n in zip((short, long), epochs):
         for which in ('random initialization', 'context', 'target'):
             rows = {row['probe']: row for row in table['rows'] if row['encoder'] == which}
             name = which if which.startswith('random') else f'{n:.0f} epochs, {which}'
-            lines.append(f"{name:32}{cell(rows['knn']):>22}{cell(rows['linear']):>22}")
+            lines.append(f"{name:32}{cell(rows['knn']):>26}{cell(rows['linear']):>26}")
     return '\n'.join([*lines, '', f'After {epochs[0]:.0f} epochs the encoder {verdict(short)}.',
                       f'After {epochs[1]:.0f} epochs of the same command it {verdict(long)}.'])
 
