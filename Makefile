@@ -19,7 +19,7 @@ demo: $(READY)  ## pre-train on drawn flowers on a CPU, probe, draw, compare wit
 	@[ -e runs/demo ] || trap 'touch runs/demo/.made-by-make-demo 2>/dev/null' EXIT; \
 	  $(BIN)/scott_pretrain --preset demo --out runs/demo
 	$(BIN)/scott_probe runs/demo --probes knn,linear
-	$(BIN)/scott_visualize runs/demo
+	$(BIN)/scott_visualize runs/demo --beside petals-demo
 	$(BIN)/python -m scott.lab.demo runs/demo
 
 test: $(READY)  ## all quick checks: export, clean, every page, the tests; in less than 15 minutes

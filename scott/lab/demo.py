@@ -12,7 +12,6 @@ from ..cli import Parser, run_cli
 from ..encoder import find_pretrained
 from .reproduction import cell
 from ..train.run import Run, read_json
-from ..train.run import Run
 
 # %% ../../nbs/81_demo.ipynb #d25e6aff
 def verdict(

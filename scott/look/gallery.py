@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAMPLE', 'CAPTIONS', 'STYLE', 'draw_sample', 'Picture', 'encoder_pictures', 'enlarge', 'larger_pictures',
            'sample_tokens', 'predictor_picture', 'map_picture', 'page', 'png', 'Options', 'Place', 'check_options',
-           'Drawn', 'draw', 'describe', 'gallery', 'main']
+           'load_beside', 'Drawn', 'draw', 'describe', 'gallery', 'main']
 
 # %% ../../nbs/75_gallery.ipynb #3fa30eb2
 import base64
@@ -24,7 +24,7 @@ from ..augment import eval_view
 from ..cli import InputError, OfRun, opt, parse_args, run_cli
 from ..data.decode import shown
 from ..data.sets import absolute, load
-from ..encoder import patch_grid
+from ..encoder import Encoder, one_line, patch_grid
 from .predictions import (agreement, fill_hidden, find_figure, find_patch, mask_figure, mutual_pairs,
                                     own_part, pairs_figure, predict, prediction_figure, visibility)
 from .tokens import (attention_figure, attention_maps, choose_images, foreground, map_figure, pca_figure,
@@ -146,14 +146,15 @@ def sample_tokens(
 # %% ../../nbs/75_gallery.ipynb #a2ad17ec
 def predictor_picture(
     networks: dict,  # name -> MIMJEPA
-    tokens: dict,  # name -> (M, N, D), the targets of the sample
+    tokens: dict,  # name -> (M, N, D), the targets of the sample; of each network at least
     sample: Tensor,  # (M, 3, H, W) uint8; the first k are shown
     keep: Tensor,  # (k, N) bool, True = visible
 ) -> Picture:
     "What the predictor expects at hidden places."
     k, heat, filled = len(keep), {}, {}
     images, rows = sample[:k], torch.arange(k)
-    for name, t in tokens.items():
+    for name in networks:
+        t = tokens[name]
         common = t.mean(0)
         guess, bank = predict(networks[name], eval_view(images), keep), own_part(t, common)
         heat[name] = agreement(guess, t[:k], keep, common)
@@ -227,6 +228,7 @@ class Options(OfRun):
     query: str = opt(None, 'ROW,COLUMN of the patch that reads and is searched, from 0 (default: the middle)', str)
     scale: int = opt(2, 'how many times larger colors, attention and search are drawn a second time; 1: not at all',
                      low=1, high=4)
+    beside: str = opt(None, 'a finished encoder to draw too: its name, a folder, or OWNER/NAME on the Hub', str)
     seed: int = opt(0, 'seed of the choice of images, of their masks and of the map', low=0, high=2 ** 32 - 1)
     out: str = opt(None, 'folder to write to (default: RUN/gallery)', str, path=True)
 
@@ -251,6 +253,24 @@ def check_options(
         raise InputError(f'--query {options.query}: give ROW,COLUMN, from 0,0 to {rows - 1},{columns - 1}')
     return Place(*place)
 
+# %% ../../nbs/75_gallery.ipynb #be51de02
+def load_beside(
+    options: Options,
+    encoder: Encoder,  # of the run
+) -> Encoder:
+    "The encoder that --beside names. InputError if it can't stand beside that of the run."
+    if options.beside in ('random', 'trained'):
+        raise InputError(f'--beside {options.beside}: this column is drawn anyway; name a finished encoder')
+    try: other = Encoder.from_pretrained(options.beside)
+    except (ValueError, OSError) as e: raise InputError(f'--beside: {one_line(e)}') from e
+    if other.patch_size != encoder.patch_size:
+        raise InputError(f'--beside {options.beside}: its patches have {other.patch_size} pixels, '
+                         f'those of the run {encoder.patch_size}')
+    if not -other.depth <= options.block < other.depth:
+        raise InputError(f'--beside {options.beside}: it has {other.depth} blocks, '
+                         f'so that there is no block {options.block}')
+    return other
+
 # %% ../../nbs/75_gallery.ipynb #960037c4
 class Drawn(NamedTuple):
     "A gallery before it is written."
@@ -265,6 +285,7 @@ def draw(
     run, k, seed, left_out = Run(options.run), options.images, options.seed, []
     cfg, encoders = run.config, {'random': run.encoder('random'), 'trained': run.encoder('target')}
     query, grid = check_options(options, encoders['trained']), encoders['trained'].grid
+    if options.beside: encoders[options.beside] = load_beside(options, encoders['trained'])
     try: step = load_checkpoint(run.folder)['step']
     except InputError as e: step = left_out.append(f'the predictor: {e}')
     networks = {'random': build(cfg), 'trained': run.jepa()} if step else {}  # refused if it is of another run
@@ -301,7 +322,8 @@ def describe(run, data, options, step, read, left_out):
              'step': f'{step:,}' if step else bound, 'seed': options.seed,
              'image size': f'{cfg.img_size} px' + f', enlarged {options.scale} times' * (options.scale > 1),
              'images': f'{options.images} shown, {read} read for means, fits and map, of {len(data):,}',
-             'columns': f'random: the state this run began with (its seed was {cfg.seed}); trained: its target encoder'}
+             'columns': f'random: the state this run began with (its seed was {cfg.seed}); trained: its target encoder'
+                        + f'; {options.beside}: a finished encoder' * bool(options.beside)}
     return {**facts, **({'left out': '; '.join(left_out)} if left_out else {})}
 
 # %% ../../nbs/75_gallery.ipynb #3e70970d
