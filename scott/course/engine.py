@@ -200,23 +200,23 @@ class Student:
         inputs = ', '.join(f'{n} = {brief(v)}' for n, v in zip(self.names(), values))
         return f'{type(error).__name__}{own_line(self.f, error)}\n  {said}\n  It was called with {inputs}'
 
-# %% ../../nbs/50_course.ipynb #5dfa6778
+# %% ../../nbs/50_course.ipynb #f12eddd0
 @contextmanager
 def limited(
-    seconds: float,
+    seconds: float,  # of processor time, so that a busy machine is no reason
 ):
     "Raise TimeUp in what takes longer. Without effect on Windows and outside the main thread."
-    if not hasattr(signal, 'SIGALRM') or threading.current_thread() is not threading.main_thread():
+    if not hasattr(signal, 'SIGPROF') or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number, frame): raise TimeUp
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try: yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 # %% ../../nbs/50_course.ipynb #43fff89e
 class Few(io.StringIO):
@@ -241,8 +241,8 @@ def usual():
         if device.type != 'cpu': torch.set_default_device(device)
         torch.set_grad_enabled(grad)
 
-# %% ../../nbs/50_course.ipynb #f054f130
-LIMIT = 20  # seconds that a check may take
+# %% ../../nbs/50_course.ipynb #e1540ffe
+LIMIT = 20  # seconds of processor time that a check may take
 
 
 def judge(

@@ -10,7 +10,7 @@ import torch
 
 from .engine import checks, must, seeded, shaped
 
-# %% ../../nbs/solutions/01_masks.ipynb #9d54120d
+# %% ../../nbs/solutions/01_masks.ipynb #3d4037ba
 def seen_uniform(
     uniform,  # the student's function
 ):
@@ -18,7 +18,8 @@ def seen_uniform(
     a, again, small = (uniform(500, grid, ratio, seeded(0)) for grid, ratio in (((14, 14), .6), ((14, 14), .6), ((2, 5), .7)))
     counts = a.sum(1).float()
     return [(counts.mean() - 79) / 20, counts.std() / 20, (counts == 79).float().mean(), small.sum(1).float().mean(),
-            (a == a[:1]).all(1).float().mean(), (a == again).float().mean()]
+            (a == a[:1]).all(1).float().mean(), (a == again).float().mean(),
+            (a == uniform(500, (14, 14), .6, seeded(1))).float().mean()]
 
 # %% ../../nbs/solutions/01_masks.ipynb #14710e26
 @checks(1, look=seen_uniform, within=.04)
@@ -78,7 +79,7 @@ def seen_blocks(
     return [(masks.sum((1, 2)) == 79).float().mean(), 10 * (mean[0] - .844), 3 * mean[1], 3 * mean[3], 3 * one[3].abs().mean(),
             10 * (one[0].mean() - .768), masks[:, -1].float().mean() > 0, blocks((14, 14), 79, 16, seeded(0)).equal(masks[0])]
 
-# %% ../../nbs/solutions/01_masks.ipynb #67726ddb
+# %% ../../nbs/solutions/01_masks.ipynb #d533fbe4
 @checks(1, look=seen_blocks, within=.15)
 def check_blocks(
     blocks,  # the student's function
@@ -100,10 +101,13 @@ def check_blocks(
     must(len(large.unique(dim=0)) == 120, 'masks are repeated, though the generator has moved on', 'the function seeds a generator', 3)
     last = [side for side, line in (('row', large[:, -1]), ('column', large[:, :, -1])) if not line.any()]
     must(not last, f'the last {" and ".join(last)} is never visible in 120 masks', 'places are counted one too few: grid - h + 1', 2)
+    spread = statistics(single)[3].abs().mean().item()
+    must(abs(spread - .135) < 6 * .066 / 120 ** .5, f'single blocks are {spread:.2f} from square on average, wanted 0.135 ± 0.036',
+         'the shape has another range than 0.3 to 1 / 0.3', 2)
     square = 'the shape is not drawn on the logarithm: tall and wide must be equally likely, from 0.3 to 1 / 0.3'
     wanted = (  # masks, which of the statistics, what it is, mean and deviation of the solution, likely cause
-        (large, 1, 'corners are visible', .0445, .099, 'the blocks are hidden, but they are to be visible'),
         (large, 0, 'neighbors of a visible patch are visible', .8436, .0221, 'patches are not in blocks, or blocks are too small'),
+        (large, 1, 'corners are visible', .0445, .099, 'the blocks are hidden, but they are to be visible'),
         (large, 2, 'the center is visible', .750, .362, 'blocks are not placed evenly where they fit'),
         (large, 3, 'above each other, less beside each other:', 0, .0563, square),
         (single, 3, 'in a single block, above each other less beside each other:', 0, .150, square),
@@ -113,6 +117,3 @@ def check_blocks(
     for masks, row, what, mean, deviation, cause in wanted:
         found, limit = statistics(masks)[row].mean().item(), 6 * deviation / len(masks) ** .5
         must(abs(found - mean) < limit, f'{what} {found:.2f} of the time, wanted {mean:.2f} ± {limit:.2f}', cause, 2)
-    spread = statistics(single)[3].abs().mean().item()
-    must(abs(spread - .135) < 6 * .066 / 120 ** .5, f'single blocks are {spread:.2f} from square on average, wanted 0.135 ± 0.036',
-         'the shape has another range than 0.3 to 1 / 0.3', 2)
