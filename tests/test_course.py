@@ -71,7 +71,7 @@ def test_wrong_answers_are_rejected_and_named(path, name, monkeypatch):
 @cases
 def test_changes_of_the_solution_are_rejected(path, name, monkeypatch, figure):
     case, survivors, total = Case(path, name), [], 0
-    monkeypatch.setattr(engine, 'LIMIT', 3)
+    monkeypatch.setattr(engine, 'LIMIT', 2)
     for change, source in mutants.of(case.source):
         total += 1
         torch.manual_seed(0)
