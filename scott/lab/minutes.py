@@ -105,11 +105,14 @@ CHANGES = {
     'predictor without block': Change(parts=dict(Predictor=Head)),
     # data and recipe
     'wallpaper': Change(data='wallpaper'),
-    'momentum from 0.98': Change(settings=dict(start=.98)),
-    'batch 64, 1/3 of the steps': Change(settings=dict(batch=64), share=1 / 3),
-    'learning rate 3e-3': Change(settings=dict(rate=3e-3)),
-    'four blocks': Change(parts=dict(DEPTH=4)),
     'colors as they are': Change(parts=dict(recolor=torch.clone)),
+    'momentum from 0.996': Change(settings=dict(start=.996)),
+    'momentum from 0.9': Change(settings=dict(start=.9)),
+    'learning rate 1e-3': Change(settings=dict(rate=1e-3)),
+    'momentum from 0.996, learning rate 1e-3': Change(settings=dict(start=.996, rate=1e-3)),
+    'momentum from 0.996, learning rate 1e-2': Change(settings=dict(start=.996, rate=1e-2)),
+    'batch 64, 1/3 of the steps': Change(settings=dict(batch=64), share=1 / 3),
+    'four blocks': Change(parts=dict(DEPTH=4)),
 }
 
 # %% ../../nbs/83_minutes.ipynb #83m00019

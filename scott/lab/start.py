@@ -107,7 +107,7 @@ class Predictor(nn.Module):
         return self.out(self.blocks(x + self.pos))
 
 # %% ../../nbs/01_start.ipynb #b99c716b
-def pretrain(images, steps, batch=16, rate=1e-3, start=0.996, end=1., seed=0):
+def pretrain(images, steps, batch=16, rate=3e-3, start=0.98, end=1., seed=0):
     """The method, on images without labels (n 3 32 32, from 0 to 1). The momentum of the moving
     average goes from start to end. Returns context encoder, target encoder and losses."""
     torch.manual_seed(seed)
