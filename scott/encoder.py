@@ -222,7 +222,7 @@ class Pretrained(PyTorchModelHubMixin):
         map_location: str | torch.device = 'cpu',  # where the weights go
         **changes,  # arguments instead of those in config.json
     ) -> nn.Module:  # in evaluation mode
-        "Load strictly: what is missing, left over or damaged raises a one-line ValueError."
+        "Load strictly: what is missing, left over or damaged raises a ValueError."
         place = find_pretrained(source)
         local = Path(place).is_dir()
         wrong = (f'is no {cls.__name__}' if local else
@@ -235,7 +235,7 @@ class Pretrained(PyTorchModelHubMixin):
             message = f'{source} ({", ".join(FILES)}) {wrong}: {one_line(e)}'
             raise ValueError(message) from None
         try: return module.to(map_location)
-        except (AssertionError, RuntimeError) as e:  # PyTorch without CUDA fails an assertion
+        except (AssertionError, RuntimeError) as e:  # without CUDA an assertion fails
             message = f'map_location={str(map_location)!r}: {one_line(e)}'
             raise ValueError(f'{message}; cpu is always there') from None
 

@@ -88,8 +88,8 @@ def patch_mask(
     if keep is None: return None
     rows, columns = h // patch_size, w // patch_size
     if keep.dtype != torch.bool or keep.shape != (b, rows * columns):
-        raise ValueError(f'keep must be bool of shape {(b, rows * columns)} for {b} images '
-                         f'of {rows}x{columns} patches, got {keep.dtype} of shape '
+        raise ValueError(f'keep must be bool of shape {(b, rows * columns)} for {b} '
+                         f'images of {rows}x{columns} patches, got {keep.dtype} of shape '
                          f'{tuple(keep.shape)}')
     return keep.view(b, 1, rows, columns)
 
