@@ -180,8 +180,8 @@ def missing(
     given = [(flag(k), str(getattr(options, k))) for k in kept
              if getattr(options, k) != getattr(Options, k)]
     words = ['scott_probe', options.run, *sum(given, ()), '--probes', 'supervised']
-    return ['missing: supervised from scratch, the same network trained with labels for as '
-            f'many images: {shown(shlex.join(words))}']
+    return ['missing: supervised from scratch, the same network trained with labels for '
+            f'as many images: {shown(shlex.join(words))}']
 
 # %% ../../nbs/74_table.ipynb #7c52dfb7
 def all_rows(judge: Judge):
@@ -227,7 +227,8 @@ def probe(
 
 # %% ../../nbs/74_table.ipynb #c62bd245
 SPLITS = dict(official=' (official split)', given=' (split by its folders)',
-              labels=' (split by the label file)', order=' (the first and the last drawn)',
+              labels=' (split by the label file)',
+              order=' (the first and the last drawn)',
               names=' (about a fifth held out, by the hash of the names)')
 
 def choices(row: dict) -> str:  # from `probe`
@@ -259,12 +260,11 @@ def preface(
     r, flags = report, report['flags']
     how = '' if flags['block'] == -1 else f', features after block {flags["block"]}'
     how += '' if flags['norm'] else ', tokens not normalized'
-    left_out = ''
-    if r.get('unlabeled'): left_out = f"; {r['unlabeled']:,} images without label left out"
-    split = SPLITS.get(r.get('how_split'), '')
-    return [f"{shown(r['data'])} at {r['img_size']} px: {r['train_images']:,} training and "
-            f"{r['test_images']:,} test images{split}, {r['classes']} classes{left_out}; "
-            f"the run is at step {r['step']:,}, epoch {r['epoch']:.1f}{how}",
+    n, split = r.get('unlabeled'), SPLITS.get(r.get('how_split'), '')
+    left_out = f'; {n:,} images without label left out' if n else ''
+    return [f"{shown(r['data'])} at {r['img_size']} px: {r['train_images']:,} training "
+            f"and {r['test_images']:,} test images{split}, {r['classes']} classes"
+            f"{left_out}; the run is at step {r['step']:,}, epoch {r['epoch']:.1f}{how}",
             r['learned_from']]
 
 # %% ../../nbs/74_table.ipynb #f44a9460
@@ -276,14 +276,14 @@ def row_line(
     std = '' if row['top1_std'] is None else f" ± {row['top1_std']:.1f}"
     low, high = row['top1_interval']
     named = f"{row['probe']:14} {row['encoder']:22} {row['top1']:.1f}{std:6}".ljust(50)
-    return (f"{named} {f'{low:.1f} … {high:.1f}':>15} {five:>6}  {row['mean_per_class']:10.1f}"
-            f"  {choices(row)}")
+    return (f"{named} {f'{low:.1f} … {high:.1f}':>15} {five:>6}"
+            f"  {row['mean_per_class']:10.1f}  {choices(row)}")
 
 # %% ../../nbs/74_table.ipynb #69226349
 def beats(
     report: dict,  # from `probe`
 ) -> dict:  # probe → whether the context encoder is better by it than random
-    "For each probe that was run on both, whether the interval lies above the random one's."
+    "For each probe that was run on both: is the interval above the random one's?"
     intervals = {(row['probe'], row['encoder']): row['top1_interval']
                  for row in report['rows']}
     found = {}
@@ -304,10 +304,10 @@ def verdict(
     better = ', '.join(name for name in found if found[name])
     rest = ', '.join(name for name in found if not found[name])
     if not better:
-        return ('does not beat its random initialization, or not beyond the noise of the test '
-                f'images ({rest})')
-    return (f'beats its random initialization by {better}, beyond the noise of the test images'
-            + f', but not by {rest}' * bool(rest))
+        return ('does not beat its random initialization, or not beyond the noise of the '
+                f'test images ({rest})')
+    return (f'beats its random initialization by {better}, beyond the noise of the test '
+            'images' + f', but not by {rest}' * bool(rest))
 
 # %% ../../nbs/74_table.ipynb #f1d3a523
 def notes(
@@ -317,21 +317,23 @@ def notes(
     r, flags = report, report['flags']
     chosen = 'on a fifth of the training split, then fitted on all of it'
     if flags['protocol'] == 'paper':
-        chosen = ('as released: after fitting on all of the training split, on its val part '
-                  '(Flowers-102: these images are known already) or on the test split (other '
-                  'data, which flatters)')
-    lines = [*r['missing'], f"{flags['seeds']} probe seeds: mean ± standard deviation; each "
-             f'choice was made {chosen}.',
-             'The interval is over test images (bootstrap). It does not include the spread over '
-             'pre-training seeds.',
-             'simple, multihead and cross train on stored features; with +aug on augmented '
-             'images, as in the paper.']
+        chosen = ('as released: after fitting on all of the training split, on its val '
+                  'part (Flowers-102: these images are known already) or on the test '
+                  'split (other data, which flatters)')
+    lines = [*r['missing'],
+             f"{flags['seeds']} probe seeds: mean ± standard deviation; each choice was "
+             f'made {chosen}.',
+             'The interval is over test images (bootstrap). It does not include the '
+             'spread over pre-training seeds.',
+             'simple, multihead and cross train on stored features; with +aug on '
+             'augmented images, as in the paper.']
     if r.get('summary'): lines.append(f"Taken: {r['summary']}")
     if r['duplicates']: lines.append(twins_line(r['duplicates']))
     if found := beats(r):
-        way = (' Train longer (--epochs), judge it on more test images, or see '
-               'nbs/31_health.ipynb.')
-        lines.append(f'The context encoder {verdict(r)}.' + way * (not any(found.values())))
+        lines.append(f'The context encoder {verdict(r)}.')
+        if not any(found.values()):
+            lines[-1] += (' Train longer (--epochs), judge it on more test images, or '
+                          'see nbs/31_health.ipynb.')
     return lines
 
 # %% ../../nbs/74_table.ipynb #3f832b60
@@ -341,8 +343,8 @@ def table(
     "One line per probe and encoder, for each probe the random initialization first."
     def place(row):
         return -1 if row['encoder'] == 'raw pixels' else NAMES.index(row['probe'])
-    columns = (f"{'probe':14} {'encoder':22} {'top-1':>12} {'95 % interval':>15} {'top-5':>6}"
-               f"  {'class mean':>10}  chosen")
+    columns = (f"{'probe':14} {'encoder':22} {'top-1':>12} {'95 % interval':>15}"
+               f" {'top-5':>6}  {'class mean':>10}  chosen")
     rows = map(row_line, sorted(report['rows'], key=place))
     return '\n'.join([*preface(report), '', columns, *rows, '', *notes(report)])
 
