@@ -393,9 +393,15 @@ def check_bytes(
     patch_size: int,  # side of a patch in pixels; S must be a multiple of it
 ):
     "ValueError if these are not square color images in bytes, made of whole patches."
+    wanted = ('images must be a uint8 tensor of shape (N, 3, S, S) with S a multiple '
+              f'of {patch_size}, as scott.load gives them')
+    if not isinstance(images, Tensor):
+        ways = {'list': ': torch.stack makes one of equal tensors',
+                'ndarray': ': torch.from_numpy makes one of a NumPy array',
+                'ImageSet': ': its .images are one'}
+        kind = type(images).__name__
+        raise ValueError(f'{wanted}; got {kind}{ways.get(kind, "")}')
     shape = tuple(images.shape)
     square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]
     if images.dtype != torch.uint8 or not square or shape[2] % patch_size:
-        raise ValueError('images must be a uint8 tensor of shape (N, 3, S, S) with S a multiple '
-                         f'of {patch_size}, as scott.load gives them; got {images.dtype} '
-                         f'of shape {shape}')
+        raise ValueError(f'{wanted}; got {images.dtype} of shape {shape}')

@@ -117,7 +117,7 @@ def test_table_and_json(run, data, tmp_path, capsys):
         low, high = row['top1_interval']
         assert low <= row['top1'] <= high
     assert sum(line.startswith(tuple(NAMES)) and '…' in line for line in out.splitlines()) == 16
-    assert 'supervised from scratch: not run yet' in out and f'Taken: {result["summary"]}\n' in out
+    assert 'missing: supervised from scratch' in out and f'Taken: {result["summary"]}\n' in out
     head, seen = out.splitlines()[:2]
     assert 'test images (about a fifth held out, by the hash of the names), 3 classes' in head
     assert seen.startswith(f'transductive: pre-trained on {result["test_images"]} of the {result["test_images"]} test')
@@ -242,14 +242,15 @@ STORED = [p for p in sorted(RESULTS.parent.glob('*/probe_*.json')) if 'learned_f
 
 @pytest.mark.parametrize('path', STORED, ids=lambda p: f'{p.parent.name}/{p.name}')
 def test_stored_tables_read_as_they_did(path):
-    "Tables on the pages, of earlier versions: their second line, and their pairs of images."
+    "Tables on the pages, of earlier versions: their second line, their pairs of images, and the verdict."
     stored = json.loads(path.read_text())
     run = SimpleNamespace(pictures=None, stored=stored['config'])
     assert features.learned_from(run, stored['data'], splits('a', 'b')) == stored['learned_from']
     lines = report.table(stored).splitlines()
     assert lines[0].startswith(stored['data']) and lines[1] == stored['learned_from'] and not report.is_outdated(stored)
     if stored['duplicates']:
-        assert lines[-1].startswith(f'{len(stored["duplicates"])} pairs of images have the same pixels: image_')
+        assert lines[-2].startswith(f'{len(stored["duplicates"])} pairs of images have the same pixels: image_')
+    assert lines[-1].startswith(f'The context encoder {report.verdict(stored)}.') and report.beats(stored)
 
 
 # Agreement with well-kept libraries
