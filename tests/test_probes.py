@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from conftest import write_images
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -438,6 +439,15 @@ def test_duplicates_are_named_by_class_and_told_apart(run, data, capsys):
     assert line.startswith('3 pairs of images have the same pixels, 1 of them across the splits: '
                            f'{short(source_)} = {short(leak)} (training and test), ')
     assert f'{short(a)} = {short(c)} (two classes)' in line and f'{short(a)} = {short(b)},' in line + ','
+
+
+def test_twins_of_a_flat_folder_are_named_by_their_paths(tmp_path):
+    "The folder has no class folders: class/name would be a path that isn't there."
+    for name in ('1.png', '2.png', '3.png'): Image.new('RGB', (40, 40), 'gray' if name < '3' else 'red').save(tmp_path / name)
+    (tmp_path / 'list.csv').write_text('file,label,split\n1.png,cat,train\n2.png,cat,test\n3.png,dog,train\n')
+    parts = [load(f'folder:{tmp_path}', part, 32, 'center', labels=tmp_path / 'list.csv', cache=tmp_path / 'cache')
+             for part in ('train', 'test')]
+    assert features.duplicates(*parts) == [('1.png', '2.png', True, False)]
 
 
 # Stored features and interruptions
