@@ -60,14 +60,14 @@ def field_still() -> Figure:
     "The receptive field of the middle token, masked and dense."
     keep = blockwise(1, (7, 7), generator=torch.Generator().manual_seed(1)).view(7, 7)
     hidden = F.interpolate((~keep).float()[None, None], scale_factor=16)[0, 0].bool()
-    fig = Figure(figsize=(6.4, 3.6), layout='constrained')
+    fig = Figure(figsize=(6.4, 4.1), layout='constrained')
     for ax, mask, name in zip(fig.subplots(1, 2), (keep, None), ('masked', 'dense: no mask')):
         read = pixels_read(3, 3, mask)
         picture = torch.where(hidden[..., None], torch.tensor([.67, .7, .73]), torch.tensor([.93, .94, .95]))
         picture[read & ~hidden] = torch.tensor([.36, .58, .8])
         picture[read & hidden] = torch.tensor([.85, .45, .22])
         ax.imshow(picture)
-        ax.set_title(f'{name}\n{read.sum():,} pixels read, {(read & hidden).sum():,} of them hidden', fontsize=10)
+        ax.set_title(f'{name}\n{read.sum():,} pixels read,\n{(read & hidden).sum():,} of them hidden', fontsize=10)
         ax.set(xticks=range(0, 113, 32), yticks=range(0, 113, 32))
         ax.tick_params(labelsize=9)
         ax.set_xlabel('pixel', fontsize=9)
