@@ -14,10 +14,11 @@ help:  ## this list
 venv: $(READY)  ## make .venv with everything in it (PYTHON=python3.12 to choose one)
 
 demo: $(READY)  ## pre-train on drawn flowers on a CPU, probe, draw, compare with a finished encoder: minutes, into runs/demo
-	@# a run that make demo made gives way to the next; any other runs/demo is refused by scott_pretrain
-	@[ ! -e runs/demo/.made-by-make-demo ] || rm -rf runs/demo
-	@[ -e runs/demo ] || trap 'touch runs/demo/.made-by-make-demo 2>/dev/null' EXIT; \
-	  $(BIN)/scott_pretrain --preset demo --out runs/demo
+	@# a finished run that make demo made gives way to the next, an unfinished one goes on; any other runs/demo is refused
+	@[ ! -e runs/demo/.made-by-make-demo -o ! -e runs/demo/probe_petals.json ] || rm -rf runs/demo
+	@if [ -e runs/demo/.made-by-make-demo ]; then $(BIN)/scott_pretrain --preset demo --out runs/demo --resume; else \
+	  [ -e runs/demo ] || trap 'touch runs/demo/.made-by-make-demo 2>/dev/null' EXIT; \
+	  $(BIN)/scott_pretrain --preset demo --out runs/demo; fi
 	$(BIN)/scott_probe runs/demo --probes knn,linear
 	$(BIN)/scott_visualize runs/demo --beside petals-demo
 	$(BIN)/python -m scott.lab.demo runs/demo

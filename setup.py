@@ -42,6 +42,7 @@ setup(
         'Programming Language :: Python :: 3',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
+    package_dir={'': '.'},  # pip install -e then adds this folder to the path, so that an import from the folder above works
     packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
     package_data={cfg['lib_name']: ['encoders/*/*', 'look/figures/*']},  # finished encoders; figures to move
     python_requires=f">={cfg['min_python']}",

@@ -176,12 +176,14 @@ class Transformer(nn.Module):
         return x[:, -n:]
 
 # %% ../nbs/13_encoder.ipynb #30720967
+#| code-fold: true
 class Grid(NamedTuple):
     "How many patches an image has in each direction."
     rows: int
     columns: int
 
 # %% ../nbs/13_encoder.ipynb #a03d770b
+#| code-fold: true
 def patch_grid(
     size: int | tuple,  # side of a square image in pixels, or (height, width)
     patch_size: int,  # side of a patch in pixels
@@ -194,6 +196,7 @@ def patch_grid(
     return Grid(h // patch_size, w // patch_size)
 
 # %% ../nbs/13_encoder.ipynb #2135215b
+#| code-fold: true
 def make_tokenizer(
     kind: str,  # 'sparse' (SCOTT) or 'patch' (ViT)
     patch_size: int,  # side of a patch in pixels; 'sparse' has 16
@@ -208,28 +211,33 @@ def make_tokenizer(
                      "choose 'sparse' (16 only) or 'patch'")
 
 # %% ../nbs/13_encoder.ipynb #7696e784
+#| code-fold: true
 class Pretrained(PyTorchModelHubMixin):
-    "`save_pretrained`, `from_pretrained`, `push_to_hub`: arguments in config.json, weights in model.safetensors."
+    "`save_pretrained`, `from_pretrained`, `push_to_hub`: config.json, model.safetensors."
 
     @classmethod
     def from_pretrained(cls,
         source: str | Path,  # a name in PUBLISHED, a folder, or OWNER/NAME on the Hub
-        revision: str | None = None,  # on the Hub: a branch, a tag or a commit; None = the newest
+        revision: str | None = None,  # Hub: a branch, tag or commit; None = the newest
         map_location: str | torch.device = 'cpu',  # where the weights go
         **changes,  # arguments instead of those in config.json
     ) -> nn.Module:  # in evaluation mode
-        "Load strictly: what is missing, left over or damaged raises a ValueError, one line that names the source."
+        "Load strictly: what is missing, left over or damaged raises a ValueError."
         place = find_pretrained(source)
         local = Path(place).is_dir()
-        wrong = f'is no {cls.__name__}' if local else 'is no folder here, and the Hugging Face Hub did not give it'
+        wrong = (f'is no {cls.__name__}' if local else
+                 'is no folder here, and the Hugging Face Hub did not give it')
         try:
-            folder = place if local else snapshot_download(place, revision=revision, allow_patterns=list(FILES))
+            folder = place if local else snapshot_download(
+                place, revision=revision, allow_patterns=list(FILES))
             module = load_strictly(cls, Path(folder), **changes)
         except (OSError, RuntimeError, SafetensorError, TypeError, ValueError) as e:
-            raise ValueError(f'{source} ({", ".join(FILES)}) {wrong}: {one_line(e)}') from None
+            message = f'{source} ({", ".join(FILES)}) {wrong}: {one_line(e)}'
+            raise ValueError(message) from None
         try: return module.to(map_location)
-        except (AssertionError, RuntimeError) as e:  # PyTorch without CUDA fails an assertion
-            raise ValueError(f'map_location={str(map_location)!r}: {one_line(e)}; cpu is always there') from None
+        except (AssertionError, RuntimeError) as e:  # without CUDA an assertion fails
+            message = f'map_location={str(map_location)!r}: {one_line(e)}'
+            raise ValueError(f'{message}; cpu is always there') from None
 
 # %% ../nbs/13_encoder.ipynb #79c7c31c
 class Encoder(nn.Module, Pretrained,
@@ -385,9 +393,15 @@ def check_bytes(
     patch_size: int,  # side of a patch in pixels; S must be a multiple of it
 ):
     "ValueError if these are not square color images in bytes, made of whole patches."
+    wanted = ('images must be a uint8 tensor of shape (N, 3, S, S) with S a multiple '
+              f'of {patch_size}, as scott.load gives them')
+    if not isinstance(images, Tensor):
+        ways = {'list': ': torch.stack makes one of equal tensors',
+                'ndarray': ': torch.from_numpy makes one of a NumPy array',
+                'ImageSet': ': its .images are one'}
+        kind = type(images).__name__
+        raise ValueError(f'{wanted}; got {kind}{ways.get(kind, "")}')
     shape = tuple(images.shape)
     square = len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3]
     if images.dtype != torch.uint8 or not square or shape[2] % patch_size:
-        raise ValueError('images must be a uint8 tensor of shape (N, 3, S, S) with S a multiple '
-                         f'of {patch_size}, as scott.load gives them; got {images.dtype} '
-                         f'of shape {shape}')
+        raise ValueError(f'{wanted}; got {images.dtype} of shape {shape}')

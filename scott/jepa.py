@@ -20,18 +20,23 @@ def hidden_smooth_l1(
     keep: Tensor,  # (B, N) bool, True = visible; at least one False in each row
 ) -> Tensor:  # scalar, float32
     "Smooth-L1 (beta 1): mean over D, over each image's hidden tokens, over the batch."
-    if predictions.shape != targets.shape or keep.dtype != torch.bool or keep.shape != predictions.shape[:2]:
-        raise ValueError('predictions and targets must both be (B, N, D), keep (B, N) and bool; got '
-                         f'{tuple(predictions.shape)}, {tuple(targets.shape)}, {tuple(keep.shape)} of {keep.dtype}')
-    if keep.device.type == 'cpu' and not torch.compiler.is_compiling() and keep.all(1).any():
-        raise ValueError('keep hides no token of at least one image: there is nothing to predict; use a ratio above 0')
+    fits = predictions.shape == targets.shape and keep.shape == predictions.shape[:2]
+    if not fits or keep.dtype != torch.bool:
+        raise ValueError(
+            'predictions and targets must both be (B, N, D), keep (B, N) and bool; got '
+            f'{tuple(predictions.shape)}, {tuple(targets.shape)}, {tuple(keep.shape)} '
+            f'of {keep.dtype}')
+    on_cpu = keep.device.type == 'cpu' and not torch.compiler.is_compiling()
+    if on_cpu and keep.all(1).any():
+        raise ValueError('keep hides no token of at least one image: there is nothing to '
+                         'predict; use a ratio above 0')
     hidden = ~keep
-    error = F.smooth_l1_loss(predictions.float(), targets.float(), reduction='none').mean(-1)  # b n
-    return ((error * hidden).sum(1) / hidden.sum(1)).mean()
+    error = F.smooth_l1_loss(predictions.float(), targets.float(), reduction='none')
+    return ((error.mean(-1) * hidden).sum(1) / hidden.sum(1)).mean()
 
 # %% ../nbs/15_jepa.ipynb #2533b502
 class MIMJEPA(nn.Module):
-    "Context encoder, predictor, and an exponential moving average of the encoder as target (arXiv 2502.18056)."
+    "Context encoder, predictor, moving average of the encoder as target (2502.18056)."
 
     def __init__(
         self,
@@ -39,22 +44,25 @@ class MIMJEPA(nn.Module):
         predictor: nn.Module,  # (B, N, D) -> (B, N, D); trained
     ):
         super().__init__()
-        grid, expected = getattr(encoder, 'grid', None), getattr(getattr(predictor, 'transformer', None), 'grid', None)
+        grid = getattr(encoder, 'grid', None)
+        expected = getattr(getattr(predictor, 'transformer', None), 'grid', None)
         if None not in (grid, expected) and tuple(grid) != tuple(expected):
-            raise ValueError(f'the encoder makes {tuple(grid)} patches (rows, columns), the predictor was built for '
-                             f"{tuple(expected)}: build it with num_patches=encoder.grid")
+            raise ValueError(
+                f'the encoder makes {tuple(grid)} patches (rows, columns), the predictor '
+                f'was built for {tuple(expected)}: '
+                'build it with num_patches=encoder.grid')
         self.context, self.predictor = encoder, predictor
         self.target = copy.deepcopy(encoder).requires_grad_(False).eval()
 
     def train(self, mode=True):
-        "Training mode for context encoder and predictor; the target always stays in evaluation mode (no dropout)."
+        "Training mode for context encoder and predictor; the target stays in evaluation."
         super().train(mode)
         self.target.eval()
         return self
 
     @torch.no_grad()
     def targets(self, images: Tensor) -> Tensor:  # target view (B, C, H, W) -> (B, N, D)
-        "What the target encoder says of the whole view, each token normalized to mean 0 and variance 1 over D."
+        "The target encoder's tokens of the whole view, each normalized over channels."
         tokens = self.target(images).float()
         return F.layer_norm(tokens, tokens.shape[-1:])
 
@@ -65,12 +73,16 @@ class MIMJEPA(nn.Module):
         keep: Tensor,  # (B, N) bool, True = visible to the context encoder
     ) -> Tensor:  # scalar loss
         if context.shape != target.shape:
-            raise ValueError('context and target must be two views of the same crops, of one shape; got '
-                             f'{tuple(context.shape)} and {tuple(target.shape)}')
-        return hidden_smooth_l1(self.predictor(self.context(context, keep)), self.targets(target), keep)
+            raise ValueError(
+                'context and target must be two views of the same crops, of one shape; '
+                f'got {tuple(context.shape)} and {tuple(target.shape)}')
+        predictions = self.predictor(self.context(context, keep))
+        return hidden_smooth_l1(predictions, self.targets(target), keep)
 
     @torch.no_grad()
-    def update_target(self, momentum: float):  # m in [0, 1]; 1 leaves the target where it is
-        "target <- m target + (1 - m) context, for every parameter; call it after each optimizer step."
-        if not 0 <= momentum <= 1: raise ValueError(f'momentum={momentum} must lie in [0, 1], e.g. 0.996')
-        get_ema_multi_avg_fn(momentum)(list(self.target.parameters()), list(self.context.parameters()), None)
+    def update_target(self, momentum: float):  # m in [0, 1]; 1 leaves the target as it is
+        "target <- m target + (1 - m) context; call it after each optimizer step."
+        if not 0 <= momentum <= 1:
+            raise ValueError(f'momentum={momentum} must lie in [0, 1], e.g. 0.996')
+        mine, theirs = list(self.target.parameters()), list(self.context.parameters())
+        get_ema_multi_avg_fn(momentum)(mine, theirs, None)

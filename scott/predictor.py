@@ -15,15 +15,15 @@ from .encoder import Transformer
 
 # %% ../nbs/14_predictor.ipynb #82f40159
 class Predictor(nn.Module):
-    "More blocks and a head: from the context encoder's tokens to a guess of the target's tokens (arXiv 2502.18056)."
+    "From the encoder's tokens to a guess of the target's (arXiv 2502.18056)."
 
     def __init__(
         self,
-        num_patches: int = 196,  # N, a square number, or (rows, columns): the encoder's grid
+        num_patches: int = 196,  # N, a square number, or (rows, columns) of the grid
         embed_dim: int = 384,  # D, the encoder's
         depth: int = 3,  # number of blocks
         num_heads: int = 4,  # heads per block
-        encoder_depth: int = 12,  # the encoder's depth: the scaling of the initial weights counts on from it
+        encoder_depth: int = 12,  # the encoder's depth: initial weights count on from it
         ffn: str = 'swiglu',  # 'swiglu' or 'mlp'
         mlp_ratio: float = 4.,  # hidden width / D, for 'mlp'
         reg_tokens: int = 0,  # register tokens of its own
@@ -32,21 +32,27 @@ class Predictor(nn.Module):
         drop_path_rate: float = .1,  # stochastic depth of the last block
     ):
         super().__init__()
-        grid = tuple(num_patches) if isinstance(num_patches, (tuple, list)) else (math.isqrt(max(num_patches, 0)),) * 2
-        if len(grid) != 2 or min(grid) < 1 or isinstance(num_patches, int) and grid[0] ** 2 != num_patches:
-            raise ValueError(f'num_patches={num_patches} is no square number: give (rows, columns) of the grid instead')
-        self.transformer = Transformer(grid, embed_dim, depth, num_heads, ffn, mlp_ratio, reg_tokens,
-                                       drop_rate, attn_drop_rate, drop_path_rate, blocks_before=encoder_depth)
-        self.head = nn.Sequential(nn.SiLU(), nn.LayerNorm(embed_dim), nn.Linear(embed_dim, embed_dim))
+        if isinstance(num_patches, (tuple, list)): grid = tuple(num_patches)
+        else: grid = (math.isqrt(max(num_patches, 0)),) * 2
+        square = not isinstance(num_patches, int) or grid[0] ** 2 == num_patches
+        if len(grid) != 2 or min(grid) < 1 or not square:
+            raise ValueError(f'num_patches={num_patches} is no square number: '
+                             'give (rows, columns) of the grid instead')
+        self.transformer = Transformer(
+            grid, embed_dim, depth, num_heads, ffn, mlp_ratio, reg_tokens,
+            drop_rate, attn_drop_rate, drop_path_rate, blocks_before=encoder_depth)
+        self.head = nn.Sequential(
+            nn.SiLU(), nn.LayerNorm(embed_dim), nn.Linear(embed_dim, embed_dim))
         trunc_normal_(self.head[-1].weight, std=.02)
         nn.init.zeros_(self.head[-1].bias)
 
     def forward(
         self,
         x: Tensor,  # (B, N, D), the context encoder's output at all positions
-    ) -> Tensor:  # (B, N, D), the predictions; the loss reads those at hidden positions
+    ) -> Tensor:  # (B, N, D), predictions; the loss reads those at hidden positions
         expected = tuple(self.transformer.pos_embed.shape)  # n d
         if x.ndim != 3 or x.shape[1:] != expected:
-            raise ValueError(f'the predictor was built for tokens of shape (B, {expected[0]}, {expected[1]}), got '
-                             f"{tuple(x.shape)}: build it with the encoder's grid and embed_dim")
+            raise ValueError('the predictor was built for tokens of shape '
+                             f'(B, {expected[0]}, {expected[1]}), got {tuple(x.shape)}: '
+                             "build it with the encoder's grid and embed_dim")
         return self.head(self.transformer(x))

@@ -78,17 +78,19 @@ def patch_mask(
     patch_size: int,  # side of a patch in pixels
 ) -> Tensor | None:  # (B, 1, H / patch_size, W / patch_size) bool, or None
     "Check images and mask against each other and give the mask its two dimensions."
-    if images.ndim != 4: raise ValueError(f'images must be (B, C, H, W), got shape {tuple(images.shape)}')
+    if images.ndim != 4:
+        raise ValueError(f'images must be (B, C, H, W), got shape {tuple(images.shape)}')
     b, _, h, w = images.shape
     if h % patch_size or w % patch_size:
         near = 'x'.join(str(max(side // patch_size, 1) * patch_size) for side in (h, w))
-        raise ValueError(f'image size {h}x{w} is no multiple of the patch size {patch_size}: '
-                         f'resize or crop to a multiple, e.g. {near}')
+        raise ValueError(f'image size {h}x{w} is no multiple of the patch size '
+                         f'{patch_size}: resize or crop to a multiple, e.g. {near}')
     if keep is None: return None
     rows, columns = h // patch_size, w // patch_size
     if keep.dtype != torch.bool or keep.shape != (b, rows * columns):
-        raise ValueError(f'keep must be bool of shape {(b, rows * columns)} for {b} images of {rows}x{columns} '
-                         f'patches, got {keep.dtype} of shape {tuple(keep.shape)}')
+        raise ValueError(f'keep must be bool of shape {(b, rows * columns)} for {b} '
+                         f'images of {rows}x{columns} patches, got {keep.dtype} of shape '
+                         f'{tuple(keep.shape)}')
     return keep.view(b, 1, rows, columns)
 
 # %% ../nbs/12_tokenizer.ipynb #b9afc2c5

@@ -10,7 +10,7 @@ from pathlib import Path
 
 PROGRAM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
-         '--disable-dev-shm-usage', '--remote-debugging-port=0', '--remote-allow-origins=*']
+         '--disable-dev-shm-usage', '--remote-debugging-port=0']
 KEYS = dict(Tab=9, Enter=13, ArrowLeft=37, ArrowUp=38, ArrowRight=39, ArrowDown=40, End=35, Home=36, **{' ': 32})
 
 
@@ -21,20 +21,31 @@ class Browser:
         from websocket import create_connection  # comes with Jupyter's server
         self.process = subprocess.Popen([PROGRAM, *FLAGS, f'--user-data-dir={folder}', 'about:blank'],
                                         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        port_file = Path(folder)/'DevToolsActivePort'
+        self.numbers, self.problems, self.address, self.socket = count(1), [], 'about:blank', None
+        try:
+            pages = json.load(urllib.request.urlopen(f'http://127.0.0.1:{self.port(folder)}/json/list'))
+            address = next(p['webSocketDebuggerUrl'] for p in pages if p['type'] == 'page')
+            self.socket = create_connection(address, timeout=120, suppress_origin=True)
+            for domain in ('Page', 'Runtime', 'Network', 'Log'):
+                self.send(f'{domain}.enable')
+        except BaseException:
+            self.close()
+            raise
+
+    def port(self, folder):
+        """Where it listens: it writes that down when it has started."""
+        file = Path(folder)/'DevToolsActivePort'
         for _ in range(600):
-            if port_file.exists() and port_file.read_text().count('\n'):
-                break
+            if file.exists() and file.read_text().count('\n'):
+                return file.read_text().split()[0]
+            if self.process.poll() is not None:
+                raise RuntimeError(f'{PROGRAM} ended with exit code {self.process.returncode} before it listened')
             time.sleep(.1)
-        self.port, self.numbers, self.problems = port_file.read_text().split()[0], count(1), []
-        pages = json.load(urllib.request.urlopen(f'http://127.0.0.1:{self.port}/json/list'))
-        address = next(p['webSocketDebuggerUrl'] for p in pages if p['type'] == 'page')
-        self.socket = create_connection(address, timeout=120, suppress_origin=True)
-        for domain in ('Page', 'Runtime', 'Network', 'Log'):
-            self.send(f'{domain}.enable')
+        raise RuntimeError(f'{PROGRAM} does not listen after a minute')
 
     def close(self):
-        self.socket.close()
+        if self.socket:
+            self.socket.close()
         self.process.terminate()
         self.process.wait(20)
 

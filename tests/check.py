@@ -70,7 +70,9 @@ def alone(place):
 def pages():
     """Run every page; what failed."""
     with tempfile.TemporaryDirectory() as place:
-        alone(Path(place))
+        try: alone(Path(place))
+        except subprocess.CalledProcessError as e:
+            return [f'pages: exit code {e.returncode}: {" ".join(map(str, e.cmd))}']
         workers = str(os.cpu_count())  # the tests run beside them
         return run('pages', [BIN/'nbdev_test', '--n_workers', workers, '--timing'], PAGES, place, PYTHONPATH=place)
 

@@ -9,12 +9,17 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def address(page):
+    """Where nbdev puts a page, below the site's address: '13_encoder.ipynb' becomes 'encoder.html'."""
+    path = Path(page.lower())
+    return path.with_name(re.sub(r'^\d+[a-zA-Z0-9]*_', '', path.name)).with_suffix('.html').as_posix()
+
+
 def entry(page, site):
     """A line about a page: its title, its address on the site, and the line below its title."""
     cells = json.loads((ROOT/'nbs'/page).read_text(encoding='utf-8'))['cells']
     title, about = re.match(r'# (.+)\n\n> (.+)', ''.join(cells[0]['source'])).groups()
-    address = Path(page).with_name(re.sub(r'^\d+[a-zA-Z0-9]*_', '', Path(page).name.lower())).with_suffix('.html')  # nbdev's
-    return f'- [{title}]({site}/{address.as_posix()}): {about}'
+    return f'- [{title}]({site}/{address(page)}): {about}'
 
 
 def llms():
@@ -22,8 +27,10 @@ def llms():
     parser = ConfigParser(delimiters=['='])
     parser.read(ROOT/'settings.ini', encoding='utf-8')
     cfg = parser['DEFAULT']
-    lines = [f"# {cfg['title']}\n\n> {cfg['description']}. The source of every page is a notebook in {cfg['git_url']}.\n"]
-    for item in yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']:
+    lines = [f"# {cfg['title']}\n\n> {cfg['description']}. "
+             f"The source of every page is a notebook in {cfg['git_url']}.\n"]
+    quarto = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
+    for item in quarto['website']['sidebar']['contents']:
         lines += [f"\n## {item['section']}\n"] if 'section' in item else []
         lines += [entry(page, cfg['doc_host'] + cfg['doc_baseurl']) for page in item.get('contents') or [item['href']]]
     return '\n'.join(lines) + '\n'

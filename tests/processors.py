@@ -14,7 +14,7 @@ CODE = re.compile(r'^```.*?^```', re.M | re.S)
 
 
 def plain_names(cell):
-    """Names inside signatures and inside the text of links stay names: neither can hold a link. Nor do private names: they have no box."""
+    """Names inside signatures and in the text of links stay names: neither can hold a link. So do private names."""
     if cell.cell_type == 'markdown':
         cell.source = TEXT_OF_LINK.sub(lambda m: '[' + re.sub(LINKED, r'\1', m[1]) + ']', cell.source)
         cell.source = PRIVATE.sub(r'\1', cell.source)
@@ -47,4 +47,7 @@ def methods(cell):
     lines = [method(owner, n, v) for n, v in vars(owner).items() if n[0] != '_' and isinstance(v, kinds)] \
         if inspect.isclass(owner) else []
     if lines:
-        cell.outputs[0]['data']['text/markdown'] += ['\n\n', *lines]
+        boxes = [o['data'] for o in cell.get('outputs', []) if 'text/markdown' in o.get('data', {})]
+        if len(boxes) != 1:
+            raise ValueError(f'show_doc({name[1]}) of {found[1]} gave {len(boxes)} boxes: {cell.get("outputs", [])}')
+        boxes[0]['text/markdown'] = [''.join(boxes[0]['text/markdown']), '\n\n', *lines]

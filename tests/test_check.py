@@ -1,5 +1,6 @@
 """What `make test` lists at its end: every failure of every step, whichever failed first."""
 import json
+import subprocess
 import sys
 
 import check
@@ -40,6 +41,16 @@ def test_a_failing_step_does_not_hide_the_next(monkeypatch):
     monkeypatch.setattr(check, 'alone', lambda place: None)  # tests/test_alone.py looks at it
     monkeypatch.setattr(check, 'run', lambda name, *_, **__: [name])
     assert check.quick() == ['nbdev_export', 'nbdev_clean', 'pages', 'tests']
+
+
+def test_a_wheel_that_cannot_be_built_hides_no_failure(monkeypatch):
+    def broken(place): subprocess.run(script('raise SystemExit(5)'), check=True)
+    monkeypatch.setattr(check, 'unchanged', lambda command, *_: [f'{command} changed x'])
+    monkeypatch.setattr(check, 'alone', broken)
+    monkeypatch.setattr(check, 'run', lambda name, *_, **__: [f'{name}: a::b'])
+    export, clean, pages, tests = check.quick()
+    assert export == 'nbdev_export changed x' and clean == 'nbdev_clean changed x' and tests == 'tests: a::b'
+    assert pages.startswith('pages: exit code 5: ') and 'SystemExit' in pages
 
 
 def test_slow_cells_are_found(tmp_path, monkeypatch):

@@ -103,6 +103,17 @@ def test_an_unknown_data_set(refused, tmp_path):
     assert 'roses' in said and 'petals' in said and 'folder:PATH' in said
 
 
+@pytest.mark.parametrize('command', ['scott_pretrain', 'scott_probe'])
+def test_a_name_that_is_nearly_right(refused, place, tmp_path, command):
+    "A folder without `folder:` and a misspelled data set are answered with what to type."
+    first = [*TINY, '--out', tmp_path / 'new'] if command == 'scott_pretrain' else [place / 'run']
+    folder = place / 'images'
+    for more in ([], ['--labels', tmp_path / 'list.csv']):
+        said = refused(command, *first, '--data', folder, *more)
+        assert f"data '{folder}': did you mean folder:{folder}?" in said and 'no such data set' not in said
+    assert "data 'Flower102': no such data set: did you mean flowers102?" in refused(command, *first, '--data', 'Flower102')
+
+
 @pytest.mark.parametrize('content', [b'', b'this is text', 'half'], ids=['empty', 'text', 'half'])
 def test_an_image_that_is_no_image_is_named(refused, place, tmp_path, content):
     folder = pictures(tmp_path / 'some')

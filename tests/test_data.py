@@ -368,6 +368,21 @@ def fake_pets(root, trainval=3680, test=3669, images=True):
             (home / 'images' / f'{line.split()[0]}.jpg').touch()
 
 
+@pytest.mark.parametrize('name, hint', [('flower102', 'did you mean flowers102?'), ('Pets-37', 'did you mean pets37?'),
+                                        ('imagenet', 'did you mean imagenet100?'), ('Petals', 'did you mean petals?'),
+                                        ('', 'choose petals, flowers102, pets37, imagenet100 or folder:PATH'),
+                                        ('photo', 'choose petals'), ('photos', 'did you mean folder:photos?'),
+                                        (Path('photos'), 'did you mean folder:photos?'),
+                                        ('~/photos', 'did you mean folder:~/photos?')])
+@pytest.mark.parametrize('labels', [None, 'list.csv'])
+def test_a_wrong_name_is_answered_with_the_right_one(tmp_path, monkeypatch, name, hint, labels):
+    (tmp_path / 'photos').mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path))
+    with pytest.raises(InputError) as error: load(name, root=tmp_path, cache=tmp_path / 'c', labels=labels)
+    assert hint in str(error.value) and 'labels' not in str(error.value)
+
+
 @pytest.mark.parametrize('counts, words', [((3680, 3000), 'found 3,000, expected 3,669'),
                                            ((1, 3669), 'found 1, expected 3,680')])
 def test_pets_with_a_wrong_split_size(tmp_path, counts, words):

@@ -1,4 +1,4 @@
-"""Finished encoders: they lie in an installation, load by name, are what their cards claim, and are made of whole runs."""
+"""Finished encoders: in an installation, by name, as good as their cards claim, and made of whole runs."""
 import json
 import subprocess
 import sys
@@ -8,14 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import scott
 from scott.cli import InputError
 from scott.data.petals import petals
 from scott.encoder import FILES, PUBLISHED, Encoder
 from scott.lab import publish as module
 from scott.lab.publish import LICENSES, check_finished, command, main, publish, unpack, write_encoder
+from scott.lab.reproduction import cell
+from scott.probe.classifiers import logistic, scores
+from scott.probe.features import pictures_key
 from scott.train.config import Config, build, identity
 from scott.train.files import write_checkpoint
 from scott.train.run import Run, save_encoder
+from scott.train.signs import knn
 
 ROOT = Path(__file__).resolve().parent.parent
 TOY = dict(embed_dim=32, depth=1, predictor_depth=1, epochs=6, device='cpu')
@@ -78,11 +83,54 @@ def test_its_card_says_all(name):
     assert not [word for file in folder.glob('*.json') for word in ('/root/', '/home/', '/tmp/') if word in file.read_text()]
 
 
-@names
-def test_its_table_beats_the_random_row(name):
+def table_of(name):
+    """The data set of a finished encoder, and its table."""
     folder = Path(PUBLISHED[name])
     data = json.loads((folder / 'run.json').read_text())['data']
-    rows = json.loads((folder / f'probe_{data}.json').read_text())['rows']
+    return data, json.loads((folder / f'probe_{data}.json').read_text())
+
+
+@names
+def test_its_card_has_the_rows_of_its_table(name):
+    shown = [line for line in Path(PUBLISHED[name], 'README.md').read_text().splitlines() if line[:2] == '| '][1:]
+    rows = table_of(name)[1]['rows']
+    assert sorted(shown) == sorted(f"| {r['probe']} | {r['encoder']} | {cell(r)} |" for r in rows) and rows
+
+
+def test_the_table_that_is_stored_twice_is_the_same():
+    ours = json.loads((ROOT / 'nbs/results/petals-demo-100/probe_petals.json').read_text())
+    data, table = table_of('petals-demo')
+    assert data == ours['data'] and all(table[k] == ours[k] for k in ('rows', 'step', 'pictures', 'test_images'))
+
+
+def test_the_readme_has_the_rows_of_its_run():
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    shown = {tuple(words.strip() for words in line.split('|')[2:5]) for line in text.splitlines() if ' ± ' in line}
+    table = json.loads((ROOT / 'nbs/results/flowers102-small/probe_flowers102.json').read_text())
+    rows = {(r['probe'], r['encoder']): f"{r['top1']:.1f} ± {r['top1_std'] or 0:.1f}" for r in table['rows']}
+    for probe in ('knn', 'linear', 'simple', 'multihead', 'cross'):
+        assert tuple(rows[probe, which] for which in ('random initialization', 'context', 'target')) in shown, probe
+
+
+@pytest.mark.slow
+@names
+def test_its_weights_give_the_numbers_of_its_card(name):
+    data, table = table_of(name)
+    train, test = (scott.load(data, part, size=table['img_size'], fit='center') for part in ('train', 'test'))
+    assert pictures_key(train, test) == table['pictures'], f'{data} has other pictures than the table was made with'
+    encoder = Encoder.from_pretrained(name)
+    x, queries, classes = encoder.features(train.images), encoder.features(test.images), table['classes']
+    found = {r['probe']: r['seeds'][0] for r in table['rows'] if r['encoder'] == 'context'}
+    near, line = found['knn'], found['linear']
+    votes = knn(x, train.labels, near['k'], classes, near['temperature'])(queries)
+    logits = logistic(x, train.labels, line['c'], classes)(queries)
+    for claimed, made in ((near, votes), (line, logits)):
+        assert abs(scores(made, test.labels)['top1'] - claimed['top1']) < 1.5  # of 100; a dozen of 800 images
+
+
+@names
+def test_its_table_beats_the_random_row(name):
+    rows = table_of(name)[1]['rows']
     best = {r['encoder']: r for r in rows if r['probe'] == 'linear'}
     assert best['context']['top1_interval'][0] > best['random initialization']['top1_interval'][1]
 
@@ -139,6 +187,65 @@ def test_what_is_refused(tmp_path, how, says):
     assert not (tmp_path / 'encoders').exists()
 
 
+@pytest.mark.parametrize('name', ['', '.', '..', '../mine', 'a/b', '-rf', '.hidden', 'Mine', 'mine\n', 'ABSOLUTE'])
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path, name):
+    encoders = tmp_path / 'package/encoders'
+    (encoders / 'other').mkdir(parents=True)
+    for folder in (encoders, encoders / 'other', tmp_path / 'package'): (folder / 'note.txt').write_text('mine')
+    before = sorted(tmp_path.rglob('*'))
+    run = finished(tmp_path / 'run')
+    name = str(tmp_path / 'package') if name == 'ABSOLUTE' else name
+    with pytest.raises(InputError, match='no name for an encoder'): publish(run, name, encoders)
+    assert set(before) == {p for p in tmp_path.rglob('*') if tmp_path / 'run' not in (p, *p.parents)}
+
+
+def test_a_folder_that_holds_no_encoder_is_left_alone(tmp_path):
+    run, other = finished(tmp_path / 'run'), tmp_path / 'photos'
+    other.mkdir()
+    (other / 'a.jpg').write_bytes(b'a picture')
+    with pytest.raises(InputError, match='is no finished encoder'): publish(run, 'photos', tmp_path)
+    assert [p.name for p in other.iterdir()] == ['a.jpg']
+
+
+@pytest.mark.parametrize('error', [ValueError('no such row'), OSError('the disk is full'), KeyboardInterrupt()],
+                         ids=['bug', 'disk', 'ctrl-c'])
+def test_a_failure_leaves_the_encoder_that_was_there(tmp_path, monkeypatch, error):
+    run, encoders = finished(tmp_path / 'run'), tmp_path / 'encoders'
+    there = publish(run, 'mine', encoders)
+    before = {p.name: p.read_bytes() for p in there.iterdir()}
+
+    def fails(*_): raise error
+    monkeypatch.setattr(module, 'card', fails)
+    for name in ('mine', 'new'):
+        with pytest.raises((type(error), InputError)): publish(run, name, encoders)
+    assert {p.name: p.read_bytes() for p in there.iterdir()} == before
+    assert [p.name for p in encoders.iterdir()] == ['mine']
+
+
+def test_what_a_killed_process_left_is_not_published(tmp_path):
+    run, encoders = finished(tmp_path / 'run'), tmp_path / 'encoders'
+    (encoders / '.mine.part').mkdir(parents=True)
+    (encoders / '.mine.part/old.safetensors').write_bytes(b'half')
+    there = publish(run, 'mine', encoders)
+    assert not (there / 'old.safetensors').exists() and [p.name for p in encoders.iterdir()] == ['mine']
+
+
+def test_a_run_folder_is_not_overwritten(tmp_path):
+    there = publish(finished(tmp_path / 'run'), 'mine', tmp_path / 'encoders')
+    other = finished(tmp_path / 'other', seed=3)
+    before = {p: p.read_bytes() for p in other.folder.rglob('*') if p.is_file()}
+    with pytest.raises(InputError, match='exists'): unpack(str(there), other.folder)
+    assert before == {p: p.read_bytes() for p in other.folder.rglob('*') if p.is_file()}
+
+
+@pytest.mark.parametrize('name', ['nope', 'no/such', 'OWNER/name', 'RUN'])
+def test_what_is_no_finished_encoder_is_not_unpacked(tmp_path, name):
+    if name == 'RUN': name = str(finished(tmp_path / 'run').folder)
+    with pytest.raises(InputError, match='no finished encoder|run folder|no such folder') as refused:
+        unpack(name, tmp_path / 'back')
+    assert '\n' not in str(refused.value) and not (tmp_path / 'back').exists()
+
+
 def test_a_run_without_a_table(tmp_path, capsys, monkeypatch):
     run = finished(tmp_path / 'run')
     check_finished(run)
@@ -153,11 +260,12 @@ def test_what_is_too_large(tmp_path, monkeypatch):
     run = finished(tmp_path / 'run')
     whole = sum(2 * w.numel() for w in run.jepa().state_dict().values())
     monkeypatch.setattr(module, 'LIMIT', whole - 1)
-    write_encoder(run, tmp_path / 'mine')
+    write_encoder(run, tmp_path / 'mine', 'mine')
     assert not (tmp_path / 'mine/rest.safetensors').exists() and Encoder.from_pretrained(tmp_path / 'mine').depth == 1
     with pytest.raises(InputError, match='no predictor'): unpack(str(tmp_path / 'mine'), tmp_path / 'back')
     monkeypatch.setattr(module, 'LIMIT', 1000)
-    with pytest.raises(InputError, match='1,000 are the most'): write_encoder(run, tmp_path / 'other')
+    with pytest.raises(InputError, match='1,000 are the most'):
+        write_encoder(run, tmp_path / 'other', 'other')
     assert not (tmp_path / 'other').exists()
 
 

@@ -48,7 +48,7 @@ def test_a_defect_is_found_in_a_run(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', range(5))
 def test_a_healthy_run_raises_no_alarm(tmp_path, seed):
-    metrics = toy_run('healthy', tmp_path / 'run', seed)
+    metrics = toy_run('healthy', tmp_path / 'run', seed, epochs=8)
     assert metrics[-1]['step'] == 240 and first_alarm(metrics) is None
 
 

@@ -2,8 +2,10 @@
 import ast
 import importlib
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from configparser import ConfigParser
 from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
@@ -27,6 +29,23 @@ def tree(path):
 
 def test_version():
     assert importlib.import_module('scott').__version__ == cfg['version']
+
+
+def test_editable_install(tmp_path):
+    """A clone is called scott too. Installed with -e, it must not hide the package from the folder above it."""
+    copy = tmp_path/'scott'
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns('.*', 'runs', 'nbs', '_docs', '*.egg-info', 'build'))
+    (tmp_path/'wheel').mkdir()
+    build = "from setuptools.build_meta import build_editable; print(build_editable('../wheel'))"
+    subprocess.run([sys.executable, '-c', build], cwd=copy, check=True, capture_output=True)
+    [wheel] = (tmp_path/'wheel').iterdir()
+    with zipfile.ZipFile(wheel) as files:
+        [pth] = [name for name in files.namelist() if name.endswith('.pth')]
+        files.extractall(tmp_path/'site')
+        assert files.read(pth).decode().split() == [str(copy)]     # the folder itself, no import hook
+    where = "import site; site.addsitedir('site'); import scott; print(scott.__version__)"
+    said = subprocess.run([sys.executable, '-S', '-c', where], cwd=tmp_path, capture_output=True, text=True)
+    assert said.stdout.strip() == cfg['version'], said.stderr
 
 
 @pytest.fixture(scope='module')

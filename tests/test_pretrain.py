@@ -617,7 +617,7 @@ def test_without_labels_the_run_says_so_once(place, tmp_path, capsys):
     write_images(tmp_path / 'flat', 8, classes=('',))
     pretrain('demo', **{**TOY, 'knn_every': 1, 'epochs': 2}, data=f'folder:{tmp_path / "flat"}', out=tmp_path / 'run')
     out = capsys.readouterr().out
-    assert out.count('too few labels') == 1 and 'early: too early to tell (no k-NN figure)' in out
+    assert out.count('too few labels') == 1 and 'early: too few steps to tell (no k-NN figure)' in out
     assert not any('knn' in m for m in lines(tmp_path / 'run'))
 
 

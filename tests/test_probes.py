@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from conftest import write_images
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -117,7 +118,7 @@ def test_table_and_json(run, data, tmp_path, capsys):
         low, high = row['top1_interval']
         assert low <= row['top1'] <= high
     assert sum(line.startswith(tuple(NAMES)) and '…' in line for line in out.splitlines()) == 16
-    assert 'supervised from scratch: not run yet' in out and f'Taken: {result["summary"]}\n' in out
+    assert 'missing: supervised from scratch' in out and f'Taken: {result["summary"]}\n' in out
     head, seen = out.splitlines()[:2]
     assert 'test images (about a fifth held out, by the hash of the names), 3 classes' in head
     assert seen.startswith(f'transductive: pre-trained on {result["test_images"]} of the {result["test_images"]} test')
@@ -242,14 +243,15 @@ STORED = [p for p in sorted(RESULTS.parent.glob('*/probe_*.json')) if 'learned_f
 
 @pytest.mark.parametrize('path', STORED, ids=lambda p: f'{p.parent.name}/{p.name}')
 def test_stored_tables_read_as_they_did(path):
-    "Tables on the pages, of earlier versions: their second line, and their pairs of images."
+    "Tables on the pages, of earlier versions: their second line, their pairs of images, and the verdict."
     stored = json.loads(path.read_text())
     run = SimpleNamespace(pictures=None, stored=stored['config'])
     assert features.learned_from(run, stored['data'], splits('a', 'b')) == stored['learned_from']
     lines = report.table(stored).splitlines()
     assert lines[0].startswith(stored['data']) and lines[1] == stored['learned_from'] and not report.is_outdated(stored)
     if stored['duplicates']:
-        assert lines[-1].startswith(f'{len(stored["duplicates"])} pairs of images have the same pixels: image_')
+        assert lines[-2].startswith(f'{len(stored["duplicates"])} pairs of images have the same pixels: image_')
+    assert lines[-1].startswith(f'The context encoder {report.verdict(stored)}.') and report.beats(stored)
 
 
 # Agreement with well-kept libraries
@@ -437,6 +439,15 @@ def test_duplicates_are_named_by_class_and_told_apart(run, data, capsys):
     assert line.startswith('3 pairs of images have the same pixels, 1 of them across the splits: '
                            f'{short(source_)} = {short(leak)} (training and test), ')
     assert f'{short(a)} = {short(c)} (two classes)' in line and f'{short(a)} = {short(b)},' in line + ','
+
+
+def test_twins_of_a_flat_folder_are_named_by_their_paths(tmp_path):
+    "The folder has no class folders: class/name would be a path that isn't there."
+    for name in ('1.png', '2.png', '3.png'): Image.new('RGB', (40, 40), 'gray' if name < '3' else 'red').save(tmp_path / name)
+    (tmp_path / 'list.csv').write_text('file,label,split\n1.png,cat,train\n2.png,cat,test\n3.png,dog,train\n')
+    parts = [load(f'folder:{tmp_path}', part, 32, 'center', labels=tmp_path / 'list.csv', cache=tmp_path / 'cache')
+             for part in ('train', 'test')]
+    assert features.duplicates(*parts) == [('1.png', '2.png', True, False)]
 
 
 # Stored features and interruptions

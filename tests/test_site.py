@@ -67,10 +67,6 @@ def ids(cells):
     return found
 
 
-def address(name):
-    return re.sub(r'(^|/)\d+[a-zA-Z0-9]*_', r'\1', name.lower()) + '.html'
-
-
 @names
 def test_no_link_inside_code_or_inside_a_link(name, site):
     text = markdown(site[name])
@@ -96,7 +92,7 @@ def test_the_badge_and_the_exported_code_are_shown(name, site):
 
 @names
 def test_links_of_the_site_lead_somewhere(name, site):
-    pages = {address(n): n for n in site}
+    pages = {llms.address(f'{n}.ipynb'): n for n in site}
     for page, anchor in re.findall(re.escape(cfg['doc_host'] + cfg['doc_baseurl']) + r'/([\w/]+\.html)#([\w.-]+)',
                                    markdown(site[name])):
         assert page in pages, f'{page}: no such page'
@@ -146,14 +142,36 @@ def test_settings_of_the_site():
 def test_wide_things_scroll_inside_themselves():
     rules = re.sub(r'/\*.*?\*/', '', (NBS/'styles.css').read_text(encoding='utf-8'), flags=re.S)
     scrolling = ' '.join(r for r in rules.split('}') if 'overflow-x: auto' in r)
-    assert all(what in scrolling for what in ('math[display="block"]', 'main table', '.cell-output-display', '.cell-output-stdout'))
+    for what in ('math[display="block"]', 'main table', '.cell-output-display', '.cell-output-stdout'):
+        assert what in scrolling
 
 
 def test_llms_txt_names_every_page_once():
     addresses = re.findall(r'\]\((\S+)\): \S', llms.llms())
-    assert sorted(addresses) == sorted(f"{cfg['doc_host']}{cfg['doc_baseurl']}/{address(p.relative_to(NBS).with_suffix('').as_posix())}"
-                                       for p in PAGES)
+    site = cfg['doc_host'] + cfg['doc_baseurl']
+    assert sorted(addresses) == sorted(f'{site}/{llms.address(p.relative_to(NBS).as_posix())}' for p in PAGES)
     assert 'llms.txt' in yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['project']['resources']
+
+
+@pytest.mark.parametrize('page, there', [
+    ('13_encoder.ipynb', 'encoder.html'), ('01_start.ipynb', 'start.html'), ('index.ipynb', 'index.html'),
+    ('solutions/10a_Masks.ipynb', 'solutions/masks.html')])
+def test_addresses_are_those_of_nbdev(page, there):
+    assert llms.address(page) == there
+
+
+def test_a_box_that_cannot_be_made_is_named():
+    cell = mk_cell('show_doc(Run)')
+    cell.outputs = [dict2obj(dict(output_type='error', ename='NameError', evalue='Run', traceback=[]))]
+    with pytest.raises(ValueError, match=r'Run\) of scott/train/run.py gave 0'): processors.methods(cell)
+
+
+def test_methods_stand_below_the_box_of_their_class():
+    cell = mk_cell('show_doc(Run)')
+    cell.outputs = [dict2obj(dict(output_type='execute_result', metadata={}, data={'text/markdown': ['a box']}))]
+    processors.methods(cell)
+    text = ''.join(cell.outputs[0]['data']['text/markdown'])
+    assert text.startswith('a box\n\n- ') and '[]{#run.encoder}`encoder(' in text and '`reached`: ' in text
 
 
 @pytest.mark.parametrize('before, after', [

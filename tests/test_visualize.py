@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
@@ -233,6 +234,10 @@ def test_figures_have_a_row_per_image():
     maps = attention_figure(images, dict(a=torch.rand(3, 2, 4, 4), b=torch.rand(3, 2, 4, 4)), query=(1, 2))
     assert all(isinstance(f, Figure) for f in (pca, maps))
     assert len(pca.axes) == 3 * 3 and len(maps.axes) == 3 * 5 + 1  # + color bar
+    marks = attention_figure(images, dict(a=torch.rand(3, 2, 4, 4)), [(0, 0), (1, 2), (3, 3)]).axes[::3][:3]
+    assert [tuple(float(v[0]) for v in ax.lines[0].get_data()) for ax in marks] == [(7.5, 7.5), (39.5, 23.5), (55.5, 55.5)]
+    outlined = pca_figure(images, dict(a=torch.rand(3, 3, 4, 4)), torch.ones(3, 64, 64).tril().bool())
+    assert [len(ax.collections) for ax in outlined.axes] == [0, 1] * 3  # over the colors, not over the image
     scales = {i.get_clim() for ax in maps.axes[:-1] for i in ax.images if i.get_array().ndim == 2}
     assert len(scales) == 1 and min(scales)[0] == 0 and min(scales)[1] >= 2  # one scale, uniform attention no peak
 
@@ -260,9 +265,19 @@ def test_the_map_keeps_groups_and_is_seeded():
 def test_ten_classes_have_colors(labels, count):
     x = dict(random=torch.randn(40, 8), trained=torch.randn(40, 8))
     fig = map_figure(x, labels, [f'class {i}' for i in range(13)])
-    assert len(fig.axes) == 2 and len(fig.legends[0].get_texts()) == count  # with the gray others
+    known = bool(labels[0] >= 0)
+    assert len(fig.axes) == 2 + known and len(fig.legends[0].get_texts()) == count  # with the gray others
     points = sum(len(c.get_offsets()) for c in fig.axes[0].collections)
-    assert points == 40 and ('%' in fig.axes[0].get_title()) == (labels[0] >= 0)
+    assert points == 40 and ('%' in fig.axes[0].get_title()) == known
+
+
+def test_bars_beside_the_maps_are_counts_and_chance():
+    labels = torch.arange(60) % 3
+    x = dict(random=torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), trained=9. * F.one_hot(labels, 8))
+    bars = map_figure(x, labels, ['a', 'b', 'c']).axes[2]
+    assert [bar.get_height() for bar in bars.patches] == pytest.approx([100 * same_class(v, labels) for v in x.values()])
+    assert bars.patches[1].get_height() == pytest.approx(100)
+    assert bars.lines[-1].get_ydata()[0] == pytest.approx(100 / 3)
 
 
 # The encoders of a run

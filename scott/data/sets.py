@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LISTS', 'CHANGES', 'ImageSet', 'Files', 'fetch', 'flowers_files', 'pets_files', 'imagenet100_files', 'folder_files',
-           'absolute', 'find_files', 'report_broken', 'petals_set', 'changed', 'decoded', 'load']
+           'absolute', 'unknown', 'find_files', 'report_broken', 'petals_set', 'changed', 'decoded', 'load']
 
 # %% ../../nbs/20_data.ipynb #3d156763
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from torchvision.datasets import Flowers102, OxfordIIITPet
 from torchvision.transforms import functional as TF
 import torch
 
-from ..cli import InputError
+from ..cli import InputError, near
 from .decode import files_key, read_cache, shown, write_cache
 from .folders import many, read_folder, told
 from .petals import VERSION, petal_names, petals
@@ -33,20 +33,23 @@ class ImageSet:
     classes: list          # names of the classes
     name: str              # 'flowers102'
     has_test: bool         # True if it contains images of the test split
-    skipped: list          # names of the broken images left out (only with on_bad_image='skip')
-    names: list = field(default_factory=list)    # one for each image, or empty if they have none
-    identity: str = ''     # a hash of the files and the view that the images come from; '' if they come from no files
-    prints: list = field(default_factory=list)   # a fingerprint of each image's pixels, or empty if none were taken
-    hashes: list = field(default_factory=list)   # 16 hex digits of each image: the same for every size and fit
-    summary: str = ''      # one line: what was taken of the whole data set, what is held out, what was left out
-    how_split: str = ''    # 'official', 'given' (train/ and test/), 'labels' (a CSV file) or 'names' (a fifth, by hash)
+    skipped: list          # names of the broken images left out (on_bad_image='skip')
+    names: list = field(default_factory=list)    # one for each image, or empty
+    identity: str = ''     # a hash of the files and the view; '' if it has no files
+    prints: list = field(default_factory=list)   # fingerprints of the pixels, or empty
+    hashes: list = field(default_factory=list)   # 16 hex digits of each image: the same
+                                                 # for every size and fit
+    summary: str = ''      # one line: what was taken, is held out, was left out
+    how_split: str = ''    # 'official', 'order' (the last ones are held out), 'names' (a
+                           # fifth, by hash), 'given' (train/ and test/) or 'labels' (CSV)
 
     def __len__(self): return len(self.images)
 
     def __repr__(self):
         n, _, _, s = self.images.shape
+        tests = 'with' if self.has_test else 'without'
         return (f'{self.name}: {n:,} images of {s} px, {len(self.classes)} classes, '
-                f'{"with" if self.has_test else "without"} test images, {len(self.skipped)} skipped')
+                f'{tests} test images, {len(self.skipped)} skipped')
 
 # %% ../../nbs/20_data.ipynb #17ffcc6d
 @dataclass
@@ -63,8 +66,8 @@ class Files:
     def check(self, what, found, expected, folder):
         "Refuse a data set that has not the number of images it should have."
         if found != expected:
-            raise InputError(f'{self.name}: {what}: found {found:,}, expected {expected:,} in {folder}; '
-                             'incomplete: delete that folder to fetch it again')
+            raise InputError(f'{self.name}: {what}: found {found:,}, expected {expected:,} in '
+                             f'{folder}; incomplete: delete that folder to fetch it again')
 
 # %% ../../nbs/20_data.ipynb #602d20fb
 def fetch(
@@ -82,8 +85,8 @@ def fetch(
     except (RuntimeError, OSError) as e:
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-        raise InputError(f'{dataset.__name__}: not in {folder}, and the download failed ({e}); '
-                         'go online, or set $SCOTT_DATA to a folder that has it') from e
+        raise InputError(f'{dataset.__name__}: not in {folder}, and the download failed '
+                         f'({e}); go online, or set $SCOTT_DATA to a folder that has it') from e
 
 # %% ../../nbs/20_data.ipynb #adc5c8ae
 def flowers_files(
@@ -92,15 +95,17 @@ def flowers_files(
 ):
     "Flowers-102: train + val (2,040 images), test (6,149) or all."
     folder = root / 'flowers-102'
-    names = getattr(fetch(Flowers102, folder), 'classes', None)      # torchvision < 0.22 has no names
+    names = getattr(fetch(Flowers102, folder), 'classes', None)  # not in torchvision < 0.22
+    names = names or [f'class {i}' for i in range(102)]
     sets = loadmat(folder / 'setid.mat', squeeze_me=True)
-    labels = loadmat(folder / 'imagelabels.mat', squeeze_me=True)['labels']       # of images 1, 2, …; classes from 1
+    # of images 1, 2, …; classes from 1
+    labels = loadmat(folder / 'imagelabels.mat', squeeze_me=True)['labels']
     known = dict(train=('trnid', 1020), val=('valid', 1020), test=('tstid', 6149))
-    parts = {'train': ['train', 'val'], 'test': ['test'], 'all': ['train', 'val', 'test']}[split]
-    lists = {part: sets[known[part][0]].tolist() for part in parts}               # numbers of images, from 1
+    parts = dict(train=['train', 'val'], test=['test'], all=[*known])[split]
+    lists = {part: sets[known[part][0]].tolist() for part in parts}  # of images, from 1
     numbers = [n for numbers in lists.values() for n in numbers]
-    files = Files('flowers102', [folder / 'jpg' / f'image_{n:05}.jpg' for n in numbers],
-                  [int(labels[n - 1]) - 1 for n in numbers], list(names or map('class {}'.format, range(102))),
+    paths = [folder / 'jpg' / f'image_{n:05}.jpg' for n in numbers]
+    files = Files('flowers102', paths, [int(labels[n - 1]) - 1 for n in numbers], list(names),
                   split != 'train')
     files.check('images', len(list((folder / 'jpg').glob('*.jpg'))), 8189, folder)
     for part in parts:
@@ -115,33 +120,42 @@ def pets_files(
     "Oxford-IIIT Pets: trainval (3,680 images), test (3,669) or all."
     folder = root / 'oxford-iiit-pet'
     classes = fetch(OxfordIIITPet, folder).classes
-    counts = {'train': dict(trainval=3680), 'test': dict(test=3669), 'all': dict(trainval=3680, test=3669)}[split]
-    lists = {part: (folder / 'annotations' / f'{part}.txt').read_text(encoding='utf-8').splitlines() for part in counts}
-    rows = [line.split() for part in counts for line in lists[part]]      # image, class from 1, species, breed
-    files = Files('pets37', [folder / 'images' / f'{image}.jpg' for image, *_ in rows],
-                  [int(label) - 1 for _, label, *_ in rows], list(classes), split != 'train')
-    for part, n in counts.items():
-        files.check(f'{part} split', len(lists[part]), n, folder)
+    known = dict(trainval=3680, test=3669)
+    parts = dict(train=['trainval'], test=['test'], all=[*known])[split]
+    files = {part: folder / 'annotations' / f'{part}.txt' for part in parts}
+    lists = {part: file.read_text(encoding='utf-8').splitlines() for part, file in files.items()}
+    # image, class from 1, species, breed
+    rows = [line.split() for part in parts for line in lists[part]]
+    paths = [folder / 'images' / f'{image}.jpg' for image, *_ in rows]
+    files = Files('pets37', paths, [int(label) - 1 for _, label, *_ in rows], list(classes),
+                  split != 'train')
+    for part in parts:
+        files.check(f'{part} split', len(lists[part]), known[part], folder)
     return files
 
 # %% ../../nbs/20_data.ipynb #35d70da1
-LISTS = {'b0de96c66d8d06bf': 'kaggle', '469d277522bc36e8': 'cmc'}    # fingerprint of the 100 WordNet ids → whose list
+LISTS = {  # fingerprint of the 100 WordNet ids → whose list
+    'b0de96c66d8d06bf': 'kaggle', '469d277522bc36e8': 'cmc'}
 
 
 def imagenet100_files(root, split):
-    "ImageNet-100 as Kaggle packs it: train*/wnid/*.JPEG, val*/wnid/*.JPEG, Labels.json. `val` is the test split."
+    "ImageNet-100 as Kaggle packs it: train*/wnid/*.JPEG, val*/… (to test), Labels.json."
     folder = root / 'imagenet100'
     if not (folder / 'Labels.json').exists():
-        raise InputError(f'imagenet100: no Labels.json in {folder}; unpack Kaggle\'s ambityga/imagenet100 there')
+        raise InputError(f'imagenet100: no Labels.json in {folder}; unpack Kaggle\'s '
+                         'ambityga/imagenet100 there')
     names = json.loads((folder / 'Labels.json').read_text(encoding='utf-8'))
     parts = {'train': ['train*'], 'test': ['val*'], 'all': ['train*', 'val*']}[split]
-    paths = [p for part in parts for p in sorted(folder.glob(f'{part}/*/*.JPEG'), key=lambda p: p.parts[-2:])]
+    paths = [p for part in parts for p in sorted(folder.glob(f'{part}/*/*.JPEG'),
+                                                 key=lambda p: p.parts[-2:])]
     wnids = sorted({p.parent.name for p in paths})
     whose = LISTS.get(sha256(' '.join(wnids).encode()).hexdigest()[:16], 'other')
-    files = Files(f'imagenet100-{whose}', paths, [wnids.index(p.parent.name) for p in paths],
-                  [names.get(w, w) for w in wnids], split != 'train')
+    labels = [wnids.index(p.parent.name) for p in paths]
+    files = Files(f'imagenet100-{whose}', paths, labels, [names.get(w, w) for w in wnids],
+                  split != 'train')
     files.check('classes', len(wnids), 100, folder)
-    print(f'imagenet100: the class list is {whose}; the lists of Kaggle and of CMC share 8 classes: never compare them')
+    print(f'imagenet100: the class list is {whose}; the lists of Kaggle and of CMC share '
+          '8 classes: never compare them')
     return files
 
 # %% ../../nbs/20_data.ipynb #18db404c
@@ -156,10 +170,11 @@ def folder_files(
     number = {'': -1, **{kind: k for k, kind in enumerate(classes)}}
     chosen = [i for i, part in enumerate(whole.parts) if split in (part, 'all')]
     if not chosen:
-        raise InputError(f'folder:{shown(folder)}: its {split} split is empty ({line}); add images, or give a split: '
-                         'train/ and test/ folders, or --labels')
-    return Files(f'folder:{folder}', [folder / whole.found.names[i] for i in chosen],
-                 [number[whole.kinds[i]] for i in chosen], classes, split != 'train', line, whole.how)
+        raise InputError(f'folder:{shown(folder)}: its {split} split is empty ({line}); add '
+                         'images, or give a split: train/ and test/ folders, or --labels')
+    paths = [folder / whole.found.names[i] for i in chosen]
+    labels = [number[whole.kinds[i]] for i in chosen]
+    return Files(f'folder:{folder}', paths, labels, classes, split != 'train', line, whole.how)
 
 # %% ../../nbs/20_data.ipynb #eaaae93b
 def absolute(
@@ -167,7 +182,19 @@ def absolute(
 ):         # the same; folder:PATH with an absolute path
     "So that a run which has written it down can go on from another working directory."
     path = name.removeprefix('folder:')
-    return f'folder:{Path(os.path.expanduser(path)).resolve()}' if path and path != name else name
+    if path in ('', name): return name
+    return f'folder:{Path(os.path.expanduser(path)).resolve()}'
+
+# %% ../../nbs/20_data.ipynb #f4c69f98
+def unknown(
+    name,   # of no data set
+    known,  # the names that there are
+):          # one line
+    "The line for a wrong name: a folder lacks its `folder:`, or a near name is meant."
+    if name and Path(os.path.expanduser(name)).is_dir():
+        return f'data {shown(name)!r}: did you mean folder:{shown(name)}?'
+    hint = near(name.lower(), known) or f'; choose {", ".join(known)} or folder:PATH'
+    return f'data {shown(name)!r}: no such data set{hint}'
 
 # %% ../../nbs/20_data.ipynb #06a4923f
 def find_files(
@@ -176,26 +203,29 @@ def find_files(
     root,   # folder of the data sets
     labels=None,  # as in `load`
 ):
-    "The `Files` of a data set by its name; `InputError` for an unknown name or files that are listed but not there."
+    "The `Files` of a data set. `InputError` for an unknown name or missing files."
+    known = {'flowers102': flowers_files, 'pets37': pets_files,
+             'imagenet100': imagenet100_files}
     if name == 'folder:':
         raise InputError('folder: it names no folder; give folder:PATH')
     if name.startswith('folder:'):
         files = folder_files(Path(os.path.expanduser(name[7:])), split, labels)
+    elif name not in ('petals', *known):
+        raise InputError(unknown(name, ['petals', *known]))
     elif labels:
-        raise InputError(f'--labels {shown(labels)}: {name} has labels of its own; lists are for folder:PATH')
+        raise InputError(f'--labels {shown(labels)}: {name} has labels of its own; lists '
+                         'are for folder:PATH')
     else:
-        known = {'flowers102': flowers_files, 'pets37': pets_files, 'imagenet100': imagenet100_files}
-        if name not in known:
-            raise InputError(f'data {name!r}: no such data set; choose petals, {", ".join(known)} or folder:PATH')
         files = known[name](root, split)
-        files.summary = f'{len(files.paths):,} images, {len(files.classes)} classes, the official split ({split})'
-    files.paths = [p.absolute() for p in files.paths]        # the same names from every working directory
-    if name.startswith('folder:'):                           # what vanishes from it now is a broken image
+        files.summary = (f'{len(files.paths):,} images, {len(files.classes)} classes, '
+                         f'the official split ({split})')
+    files.paths = [p.absolute() for p in files.paths]  # the same from every directory
+    if name.startswith('folder:'):           # what vanishes from it now is a broken image
         return files
     missing = [shown(p) for p in files.paths if not p.is_file()]
     if missing:
-        raise InputError(f'{name}: {len(missing):,} listed images are not there, the first is {missing[0]}; '
-                         'delete the folder to fetch it again')
+        raise InputError(f'{name}: {len(missing):,} listed images are not there, the '
+                         f'first is {missing[0]}; delete the folder to fetch it again')
     return files
 
 # %% ../../nbs/20_data.ipynb #abcf27b7
@@ -203,13 +233,15 @@ def report_broken(files, broken, on_bad_image):
     "Refuse broken images, or say which ones were left out."
     if not broken:
         return
-    few = '; '.join(f'{shown(path)} ({reason})' for path, reason in list(broken.items())[:5])
+    few = '; '.join(f'{shown(path)} ({why})' for path, why in list(broken.items())[:5])
     few += f'; and {len(broken) - 5:,} more' * (len(broken) > 5)
-    text = f'{shown(files.name)}: {len(broken):,} of {len(files.paths):,} images are broken: {few}'
+    text = (f'{shown(files.name)}: {len(broken):,} of {len(files.paths):,} images are broken: '
+            f'{few}')
     if len(broken) == len(files.paths):
         raise InputError(f'{text}. None is left: mend them, or name other data')
     if on_bad_image == 'fail':
-        raise InputError(f'{text}. Mend or remove them, or leave them out with --on-bad-image skip')
+        raise InputError(f'{text}. Mend or remove them, or leave them out with '
+                         '--on-bad-image skip')
     print(f'{text}: left out')
 
 # %% ../../nbs/20_data.ipynb #e489f225
@@ -218,32 +250,39 @@ def petals_set(
     size,   # side of the pictures, pixels
     fit,    # 'squash' or 'center'
 ):
-    "The default 4,000 petals: the first 80 % are the training split, the last 20 % the test split."
-    part = {'train': slice(0, 3200), 'test': slice(3200, 4000), 'all': slice(0, 4000)}[split]
+    "The default 4,000 petals: the first 80 % are to train on, the last 20 % to test on."
+    parts = dict(train=slice(0, 3200), test=slice(3200, 4000), all=slice(0, 4000))
+    part = parts[split]
     images, labels = petals(size=size if fit == 'squash' else round(size * 256 / 224))
     if fit == 'center':
         images = TF.center_crop(images, size)
     aspect = torch.ones(len(labels[part]))
     names = [f'petal {i}' for i in range(4000)[part]]
     hashes = [sha256(f'{VERSION} {name}'.encode()).hexdigest()[:16] for name in names]
-    line = '4,000 drawn images, 20 classes of 200, the first 3,200 for training and 800 held out'
-    return ImageSet(images[part], labels[part], aspect, petal_names(), 'petals', split != 'train', [], names,
-                    f'petals {VERSION} {split} {size} {fit}', hashes=hashes, summary=line, how_split='official')
+    line = ('4,000 drawn images, 20 classes of 200, the first 3,200 for training and 800 '
+            'held out')
+    return ImageSet(images[part], labels[part], aspect, petal_names(), 'petals',
+                    split != 'train', [], names, f'petals {VERSION} {split} {size} {fit}',
+                    hashes=hashes, summary=line, how_split='order')
 
 # %% ../../nbs/20_data.ipynb #a8ef9f09
 CHANGES = {'16 bit': 'each stretched from its darkest to its brightest pixel',
            '32 bit': 'each stretched from its darkest to its brightest pixel',
            'float gray': 'each stretched from its darkest to its brightest pixel',
-           '16 bit color': 'cut to 8 bits', 'transparent': 'laid on white', 'several frames': 'the first is taken'}
+           '16 bit color': 'cut to 8 bits',
+           'transparent': 'laid on white',
+           'several frames': 'the first is taken'}
 
 
 def changed(
     cached,  # from `read_cache`
 ):
     "What had to be done to some of the images, in words; '' for nothing."
-    words = [f'{n:,} {note} ({CHANGES[note]})' for note, n in sorted(cached.notes.items())]
-    broken = f'; {many(len(cached.broken), "broken images")} left out' if cached.broken else ''
-    return (f'; converted: {", ".join(words)}' if words else '') + broken
+    notes = sorted(cached.notes.items())
+    words = ', '.join(f'{n:,} {note} ({CHANGES[note]})' for note, n in notes)
+    text = f'; converted: {words}' if words else ''
+    if cached.broken: text += f'; {many(len(cached.broken), "broken images")} left out'
+    return text
 
 # %% ../../nbs/20_data.ipynb #5536f9e9
 def decoded(
@@ -260,30 +299,37 @@ def decoded(
     try:
         cached = read_cache(path) or write_cache(path, files.paths, size, fit, files.name)
     except OSError as e:
-        raise InputError(f'cache {shown(cache)}: {e}; name a folder with room for it in $SCOTT_CACHE') from e
+        raise InputError(f'cache {shown(cache)}: {e}; name a folder with room for it in '
+                         '$SCOTT_CACHE') from e
     report_broken(files, cached.broken, on_bad_image)
-    good = [(str(p), c) for p, c in zip(files.paths, files.labels) if str(p) not in cached.broken]
+    good = [(str(p), label) for p, label in zip(files.paths, files.labels)
+            if str(p) not in cached.broken]
     names, labels = map(list, zip(*good))
     identity = sha256(json.dumps([key, sorted(cached.broken)]).encode()).hexdigest()[:16]
-    return ImageSet(cached.images, torch.tensor(labels), torch.tensor(cached.aspect, dtype=torch.float32),
-                    files.classes, files.name, files.has_test, list(cached.broken), names, identity, cached.prints,
+    aspect = torch.tensor(cached.aspect, dtype=torch.float32)
+    return ImageSet(cached.images, torch.tensor(labels), aspect, files.classes, files.name,
+                    files.has_test, list(cached.broken), names, identity, cached.prints,
                     cached.hashes, files.summary + changed(cached), files.how_split)
 
 # %% ../../nbs/20_data.ipynb #df0f95f3
 def load(
-    name,                # 'petals', 'flowers102', 'pets37', 'imagenet100' or 'folder:PATH'
+    name,                # petals, flowers102, pets37, imagenet100 or folder:PATH
     split='all',         # 'train', 'test' or 'all'
     size=128,            # side of the decoded pictures, pixels
-    fit='squash',        # 'squash': whole pictures, for the augmentation; 'center': the evaluation view
-    root=None,           # where the data sets are; default $SCOTT_DATA, else ~/.cache/scott
-    cache=None,          # where decoded caches go; default $SCOTT_CACHE, else ~/.cache/scott/decoded
+    fit='squash',        # 'squash': whole pictures, to augment; 'center': to evaluate
+    root=None,           # of the data sets; default $SCOTT_DATA, else ~/.cache/scott
+    cache=None,          # default $SCOTT_CACHE, else ~/.cache/scott/decoded
     on_bad_image='fail', # 'fail' or 'skip'
-    labels=None,         # a CSV file, file,label and perhaps split, for folder:PATH; None = the folders are the classes
+    labels=None,         # of folder:PATH, a CSV file: file,label and perhaps split;
+                         # None = the folders are the classes
 ):
-    "A data set as an `ImageSet`: decoded once, then read from the cache. `InputError` says what is wrong with it."
-    for value, *known in ((split, 'train', 'test', 'all'), (fit, 'squash', 'center'), (on_bad_image, 'fail', 'skip')):
+    "A data set as an `ImageSet`, decoded once. `InputError` says what is wrong with it."
+    name = str(name)     # a Path has no `folder:` either
+    for value, *known in ((split, 'train', 'test', 'all'), (fit, 'squash', 'center'),
+                          (on_bad_image, 'fail', 'skip')):
         if value not in known:
-            raise InputError(f'{value!r}: there is no such choice; choose one of {", ".join(known)}')
+            raise InputError(f'{value!r}: there is no such choice; choose one of '
+                             f'{", ".join(known)}')
     if size < 8:
         raise InputError(f'size {size}: images need 8 pixels or more')
     if name == 'petals' and not labels:
@@ -291,5 +337,6 @@ def load(
     home = Path.home() / '.cache' / 'scott'
     root = Path(os.path.expanduser(root or os.environ.get('SCOTT_DATA') or home))
     labels = Path(os.path.expanduser(labels)) if labels else None
-    cache = Path(os.path.expanduser(cache or os.environ.get('SCOTT_CACHE') or home / 'decoded'))
-    return decoded(find_files(name, split, root, labels), split, size, fit, cache, on_bad_image)
+    cache = cache or os.environ.get('SCOTT_CACHE') or home / 'decoded'
+    return decoded(find_files(name, split, root, labels), split, size, fit,
+                   Path(os.path.expanduser(cache)), on_bad_image)

@@ -34,8 +34,8 @@ class NothingHidden(MIMJEPA):
 
 # %% ../../nbs/31_health.ipynb #bc7ae84a
 TOY = dict(data='petals', img_size=64, tokenizer='patch', embed_dim=32, depth=1,
-           predictor_depth=1, batch_size=16, epochs=8, warmup_epochs=1, lr=3e-3,
-           log_every=10, knn_every=2, device='cpu', amp='off')
+           predictor_depth=1, batch_size=16, epochs=5, warmup_epochs=1, lr=3e-3,
+           log_every=10, knn_every=5, device='cpu', amp='off')
 
 class Defect(NamedTuple):
     "What is changed in a toy run."

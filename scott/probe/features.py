@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['FEATURES_VERSION', 'check_block', 'Features', 'read_tokens', 'encode', 'content_key', 'read_checked', 'Stored',
-           'load_or_encode', 'check_apart', 'Twins', 'duplicates', 'source', 'with_labels', 'pictures_key', 'Splits',
-           'load_labeled', 'told_by_names', 'learned_from', 'pixel_features']
+           'load_or_encode', 'check_apart', 'Twins', 'named_in', 'duplicates', 'source', 'with_labels', 'pictures_key',
+           'Splits', 'load_labeled', 'told_by_names', 'learned_from', 'pixel_features']
 
 # %% ../../nbs/72_features.ipynb #25514e1e
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -159,10 +160,21 @@ def check_apart(
 # %% ../../nbs/72_features.ipynb #2f415941
 class Twins(NamedTuple):
     "Two images with the same pixels."
-    first: str  # class/name of the earlier one
+    first: str  # the earlier one: its path in the folder, or class/name
     second: str
     splits: bool = False  # whether one is a training and the other a test image
     classes: bool = False  # whether their labels differ
+
+# %% ../../nbs/72_features.ipynb #0c74de5d
+def named_in(
+    data: ImageSet,
+    name: str,  # one of its names
+    label: int,
+) -> str:  # a path that is there in a folder of yours; class/name in other data
+    "How an image is named in a table."
+    if not data.name.startswith('folder:'):
+        return shown(f'{data.classes[label]}/{Path(name).name}')
+    return shown(Path(os.path.relpath(name, data.name.removeprefix('folder:'))).as_posix())
 
 # %% ../../nbs/72_features.ipynb #b5dc5198
 def duplicates(
@@ -172,12 +184,14 @@ def duplicates(
     "Images with exactly the same pixels, within a split or across both."
     first, found = {}, []
     for data in (train, test):
-        prints = data.prints or [fingerprint(image.contiguous().numpy()) for image in data.images]
+        prints = data.prints or [fingerprint(image.contiguous().numpy())
+                                 for image in data.images]
         for name, label, seen in zip(data.names, data.labels.tolist(), prints):
-            own = shown(f'{data.classes[label]}/{Path(name).name}'), label, data
+            own = named_in(data, name, label), label, data
             earlier = first.setdefault(seen, own)
-            if earlier is not own:
-                found.append(Twins(earlier[0], own[0], earlier[2] is not data, earlier[1] != label))
+            if earlier is own: continue
+            splits, classes = earlier[2] is not data, earlier[1] != label
+            found.append(Twins(earlier[0], own[0], splits, classes))
     return sorted(found, key=lambda twins: not twins.splits)
 
 # %% ../../nbs/72_features.ipynb #abf7ab60

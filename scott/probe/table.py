@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WHOLE', 'NAMES', 'SPLITS', 'Options', 'check', 'load_encoders', 'released_choice', 'Judge', 'frozen_rows', 'whole',
-           'supervised_rows', 'missing', 'all_rows', 'lively', 'probe', 'choices', 'twins_line', 'table', 'table_file',
-           'merged', 'outdated', 'main']
+           'supervised_rows', 'missing', 'all_rows', 'lively', 'probe', 'choices', 'twins_line', 'preface', 'row_line',
+           'beats', 'verdict', 'notes', 'table', 'table_file', 'merged', 'outdated', 'main']
 
 # %% ../../nbs/74_table.ipynb #59a3ff83
 import copy
@@ -82,8 +82,9 @@ def released_choice(
     train: Features,  # of the training split
     test: Features,
 ) -> Features:  # what the released code chooses on
-    "Flowers-102: the second half of the training split, its val; every other data set: the test split."
-    return train.rows(torch.arange(len(train.labels) // 2, len(train.labels))) if data == 'flowers102' else test
+    "Flowers-102: the second half of the training split, its val; else the test split."
+    if data != 'flowers102': return test
+    return train.rows(torch.arange(len(train.labels) // 2, len(train.labels)))
 
 # %% ../../nbs/74_table.ipynb #e680f304
 class Judge:
@@ -176,9 +177,11 @@ def missing(
     "The supervised row, if it is not there, with the command that makes it."
     if options.block != -1 or any(row['probe'] == 'supervised' for row in rows): return []
     kept = 'data data_root labels on_bad_image seed device amp'.split()
-    given = [(flag(k), str(getattr(options, k))) for k in kept if getattr(options, k) != getattr(Options, k)]
+    given = [(flag(k), str(getattr(options, k))) for k in kept
+             if getattr(options, k) != getattr(Options, k)]
     words = ['scott_probe', options.run, *sum(given, ()), '--probes', 'supervised']
-    return [f'supervised from scratch: not run yet for this budget: {shown(shlex.join(words))}']
+    return ['missing: supervised from scratch, the same network trained with labels for '
+            f'as many images: {shown(shlex.join(words))}']
 
 # %% ../../nbs/74_table.ipynb #7c52dfb7
 def all_rows(judge: Judge):
@@ -223,14 +226,18 @@ def probe(
                 seconds=round(time.monotonic() - started, 1))
 
 # %% ../../nbs/74_table.ipynb #c62bd245
-SPLITS = dict(official=' (official split)', given=' (split by its folders)', labels=' (split by the label file)',
+SPLITS = dict(official=' (official split)', given=' (split by its folders)',
+              labels=' (split by the label file)',
+              order=' (the first and the last drawn)',
               names=' (about a fifth held out, by the hash of the names)')
 
 def choices(row: dict) -> str:  # from `probe`
     "What the seeds chose, in a few characters."
     named = dict(k='k', temperature='T', c='C', epoch='epoch', epochs='epochs')
-    found = {short: [f'{s[key]:g}' for s in row['seeds']] for key, short in named.items() if key in row['seeds'][0]}
-    return ', '.join(f'{short} {"/".join(v if len(set(v)) > 1 else v[:1])}' for short, v in found.items())
+    found = {short: [f'{s[key]:g}' for s in row['seeds']]
+             for key, short in named.items() if key in row['seeds'][0]}
+    return ', '.join(f'{short} {"/".join(v if len(set(v)) > 1 else v[:1])}'
+                     for short, v in found.items())
 
 # %% ../../nbs/74_table.ipynb #01c409f7
 def twins_line(
@@ -246,33 +253,100 @@ def twins_line(
     return f'{lead}: {", ".join(named)}' + ', …' * (len(pairs) > 8)
 
 # %% ../../nbs/74_table.ipynb #41ed1b0a
+def preface(
+    report: dict,  # from `probe`
+) -> list:  # two lines
+    "What was measured on which images, and what the pre-training had seen of them."
+    r, flags = report, report['flags']
+    how = '' if flags['block'] == -1 else f', features after block {flags["block"]}'
+    how += '' if flags['norm'] else ', tokens not normalized'
+    n, split = r.get('unlabeled'), SPLITS.get(r.get('how_split'), '')
+    left_out = f'; {n:,} images without label left out' if n else ''
+    return [f"{shown(r['data'])} at {r['img_size']} px: {r['train_images']:,} training "
+            f"and {r['test_images']:,} test images{split}, {r['classes']} classes"
+            f"{left_out}; the run is at step {r['step']:,}, epoch {r['epoch']:.1f}{how}",
+            r['learned_from']]
+
+# %% ../../nbs/74_table.ipynb #f44a9460
+def row_line(
+    row: dict,  # from `probe`
+) -> str:
+    "A row of the table."
+    five = '–' if row['top5'] is None else f"{row['top5']:.1f}"
+    std = '' if row['top1_std'] is None else f" ± {row['top1_std']:.1f}"
+    low, high = row['top1_interval']
+    named = f"{row['probe']:14} {row['encoder']:22} {row['top1']:.1f}{std:6}".ljust(50)
+    return (f"{named} {f'{low:.1f} … {high:.1f}':>15} {five:>6}"
+            f"  {row['mean_per_class']:10.1f}  {choices(row)}")
+
+# %% ../../nbs/74_table.ipynb #69226349
+def beats(
+    report: dict,  # from `probe`
+) -> dict:  # probe → whether the context encoder is better by it than random
+    "For each probe that was run on both: is the interval above the random one's?"
+    intervals = {(row['probe'], row['encoder']): row['top1_interval']
+                 for row in report['rows']}
+    found = {}
+    for name in NAMES:
+        pair = (name, 'context'), (name, 'random initialization')
+        if not all(key in intervals for key in pair): continue
+        (low, _), (_, high) = (intervals[key] for key in pair)
+        found[name] = low > high
+    return found
+
+# %% ../../nbs/74_table.ipynb #0c2f12eb
+def verdict(
+    report: dict,  # from `probe`
+) -> str:  # half a sentence about the context encoder; '' if no probe was run on both
+    "Whether the context encoder beats its random initialization, and by which probes."
+    found = beats(report)
+    if not found: return ''
+    better = ', '.join(name for name in found if found[name])
+    rest = ', '.join(name for name in found if not found[name])
+    if not better:
+        return ('does not beat its random initialization, or not beyond the noise of the '
+                f'test images ({rest})')
+    return (f'beats its random initialization by {better}, beyond the noise of the test '
+            'images' + f', but not by {rest}' * bool(rest))
+
+# %% ../../nbs/74_table.ipynb #f1d3a523
+def notes(
+    report: dict,  # from `probe`
+) -> list:  # of lines
+    "What is below the rows: what is missing, how to read them, twins, and the verdict."
+    r, flags = report, report['flags']
+    chosen = 'on a fifth of the training split, then fitted on all of it'
+    if flags['protocol'] == 'paper':
+        chosen = ('as released: after fitting on all of the training split, on its val '
+                  'part (Flowers-102: these images are known already) or on the test '
+                  'split (other data, which flatters)')
+    lines = [*r['missing'],
+             f"{flags['seeds']} probe seeds: mean ± standard deviation; each choice was "
+             f'made {chosen}.',
+             'The interval is over test images (bootstrap). It does not include the '
+             'spread over pre-training seeds.',
+             'simple, multihead and cross train on stored features; with +aug on '
+             'augmented images, as in the paper.']
+    if r.get('summary'): lines.append(f"Taken: {r['summary']}")
+    if r['duplicates']: lines.append(twins_line(r['duplicates']))
+    if found := beats(r):
+        lines.append(f'The context encoder {verdict(r)}.')
+        if not any(found.values()):
+            lines[-1] += (' Train longer (--epochs), judge it on more test images, or '
+                          'see nbs/31_health.ipynb.')
+    return lines
+
+# %% ../../nbs/74_table.ipynb #3f832b60
 def table(
     report: dict,  # from `probe`
 ) -> str:
-    "The results as text: one line per probe and encoder, for each probe the random initialization first."
-    r, flags = report, report['flags']
-    place = lambda row: -1 if row['encoder'] == 'raw pixels' else NAMES.index(row['probe'])
-    how = '' if flags['block'] == -1 else f', features after block {flags["block"]}'
-    how += '' if flags['norm'] else ', tokens not normalized'
-    left_out = f"; {r['unlabeled']:,} images without label left out" if r.get('unlabeled') else ''
-    lines = [f"{shown(r['data'])} at {r['img_size']} px: {r['train_images']:,} training and {r['test_images']:,} test "
-             f"images{SPLITS.get(r.get('how_split'), '')}, {r['classes']} classes{left_out}; "
-             f"the run is at step {r['step']:,}, epoch {r['epoch']:.1f}{how}", r['learned_from'], '',
-             f"{'probe':14} {'encoder':22} {'top-1':>12} {'95 % interval':>15} {'top-5':>6} {'per class':>9}  chosen"]
-    for row in sorted(r['rows'], key=place):
-        five = '–' if row['top5'] is None else f"{row['top5']:.1f}"
-        std, (low, high) = '' if row['top1_std'] is None else f" ± {row['top1_std']:.1f}", row['top1_interval']
-        lines.append(f"{row['probe']:14} {row['encoder']:22} {row['top1']:.1f}{std:6}".ljust(50)
-                     + f" {f'{low:.1f} … {high:.1f}':>15} {five:>6} {row['mean_per_class']:9.1f}  {choices(row)}")
-    chosen = ('on a fifth of the training split, then fitted on all of it' if flags['protocol'] == 'honest' else
-              'as released: after fitting on all of the training split, on its val part (Flowers-102: these images are '
-              'known already) or on the test split (other data, which flatters)')
-    notes = [*r['missing'], f"{flags['seeds']} probe seeds: mean ± standard deviation; each choice was made {chosen}.",
-             'The interval is over test images (bootstrap). It does not hold the luck of pre-training.',
-             'simple, multihead and cross train on stored features; with +aug on augmented images, as in the paper.']
-    if r.get('summary'): notes.append(f"Taken: {r['summary']}")
-    if r['duplicates']: notes.append(twins_line(r['duplicates']))
-    return '\n'.join([*lines, '', *notes])
+    "One line per probe and encoder, for each probe the random initialization first."
+    def place(row):
+        return -1 if row['encoder'] == 'raw pixels' else NAMES.index(row['probe'])
+    columns = (f"{'probe':14} {'encoder':22} {'top-1':>12} {'95 % interval':>15}"
+               f" {'top-5':>6}  {'class mean':>10}  chosen")
+    rows = map(row_line, sorted(report['rows'], key=place))
+    return '\n'.join([*preface(report), '', columns, *rows, '', *notes(report)])
 
 # %% ../../nbs/74_table.ipynb #da63e4f2
 def table_file(

@@ -216,7 +216,7 @@ def _against_random(metrics):
         beside = (f'quick k-NN {now:.1f} % against {start:.1f} % at random '
                   f'(noise ± {noise:.1f})')
     if gain > noise: return _finding('learning', looks[-1]['step'], beside)
-    if step < ENOUGH: return _finding('early', step, f'too early to tell ({beside})')
+    if step < ENOUGH: return _finding('early', step, f'too few steps to tell ({beside})')
     if len(looks) < 2 or max(m['knn'] - m['knn_random'] for m in looks[-2:]) > 0:
         text = f'no sign of sickness, but {beside}: scott_probe tells more'
         return _finding('unclear', step, text)

@@ -76,6 +76,7 @@ function start(name, build) {
     host.figure = build(figure, color);
     host.figure.draw();
     const again = () => { theme(); host.figure.draw(); };
+    matchMedia('(prefers-color-scheme: dark)').addEventListener('change', again);
     const watch = new MutationObserver(() => { again(); setTimeout(again, 400); });  // a style sheet may come later
     for (const node of [document.documentElement, document.body]) watch.observe(node, {attributes: true});
   }

@@ -141,9 +141,10 @@ start('field', (figure, color) => {
   const label = layer => `${NAMES[layer]}, ${SIZES[layer]}\u00a0×\u00a0${SIZES[layer]}`;
   const panels = Object.fromEntries([['masked', 'Masked'], ['dense', 'Dense: no mask']].map(([name, title]) => {
     const big = make('canvas', {width: SHOWN, height: SHOWN, tabindex: 0, role: 'application',
-                                onclick: click, onkeydown: press});
+                                onclick: click, onkeydown: press,
+                                'aria-label': `${title}. Arrow keys choose a token, space hides or shows its patch.`});
     const small = [4, 3, 2, 1].map(k => make('canvas', {width: SIZES[k], height: SIZES[k], 'aria-hidden': 'true'}));
-    const text = make('p', {'aria-live': 'polite'});
+    const text = make('p');
     const maps = make('div', {class: 'maps'}, ...small.map((c, i) => make('div', {}, c, label(4 - i))));
     const below = make('div', {class: 'below'}, label(0));
     const node = make('div', {class: 'panel'}, make('h4', {}, title), big, below, maps, text);
@@ -206,11 +207,10 @@ start('field', (figure, color) => {
         name === 'masked' && !seen ? 'Hidden: the token is exactly 0. ' : `Reads ${grouped(read)} pixels, `,
         ...(name === 'masked' && !seen ? [] : [make('b', {}, `${grouped(leak)} of them hidden`), '. ']),
         `With noise there, the token changes by ${moved ? percent(moved) : 'exactly 0'}.`);
-      big.setAttribute('aria-label', `${name}: token in row ${state.row + 1}, column ${state.column + 1}, `
-        + `${seen ? 'visible' : 'hidden'}. Arrow keys choose a token, space hides or shows its patch.`);
     }
     state.numbers = numbers;
-    chosen.textContent = `Token in row ${state.row + 1}, column ${state.column + 1}: ${seen ? 'visible' : 'hidden'}.`;
+    chosen.textContent = `Token in row ${state.row + 1}, column ${state.column + 1}: ${seen ? 'visible' : 'hidden'}. `
+      + `Hidden pixels read: ${grouped(numbers.masked.leak)} masked, ${grouped(numbers.dense.leak)} dense.`;
     flip.textContent = seen ? 'Hide this patch' : 'Show this patch';
   }
 

@@ -25,7 +25,7 @@ start('masks', (figure, color) => {
   const SIZE = 336, random = randomFrom(1), picture = flowers(SIZE);
   const state = {kind: 'blockwise', side: 14, ratio: .6, drawn: 0, near: 0, counts: null, keep: null, running: false};
   const canvas = () => make('canvas', {width: SIZE, height: SIZE, role: 'img'});
-  const mask = canvas(), heat = canvas(), readout = make('p', {class: 'readout'});
+  const mask = canvas(), heat = canvas(), readout = make('p', {class: 'readout', 'aria-live': 'polite'});
 
   function add(count) {
     for (let i = 0; i < count; i++) {
@@ -50,6 +50,7 @@ start('masks', (figure, color) => {
   }
   function run(on) {
     state.running = on;
+    readout.setAttribute('aria-live', on ? 'off' : 'polite');  // not sixty times a second
     more.textContent = on ? 'Pause' : 'Keep drawing';
     if (on) requestAnimationFrame(step);
   }
