@@ -5,7 +5,7 @@ MIN_PYTHON := $(shell sed -n 's/^min_python *= *//p' settings.ini)
 
 OLDEST := $(shell sed -n 's/^requirements *=.*\btorch>=\([0-9.]*\).*/\1/p' settings.ini)
 
-.PHONY: help venv demo test test-slow compat docs readme clean
+.PHONY: help venv demo test test-slow compat docs readme exercises clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -43,6 +43,10 @@ docs:  ## the site, into _docs/ (needs Quarto)
 
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tests/readme.py
+
+exercises: $(READY)  ## nbs/exercises from nbs/solutions, and what the checks know of usual mistakes
+	$(BIN)/nbdev_export
+	$(BIN)/python tests/exercises.py
 
 clean:  ## remove what tests and docs leave behind; .venv and runs/ stay
 	rm -rf _proc _docs nbs/nbdev.yml nbs/sidebar.yml nbs/llms.txt build dist .pytest_cache

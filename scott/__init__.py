@@ -7,7 +7,7 @@ _HOMES = dict(Encoder='encoder', Predictor='predictor', MIMJEPA='jepa', blockwis
               multiblock='masking', two_views='augment', load='data.sets', Config='train.config',
               pretrain='train.pretrain', Run='train.run')
 _MODULES = ('masking', 'tokenizer', 'encoder', 'predictor', 'jepa', 'augment', 'schedule', 'interop', 'data', 'train',
-            'probe', 'look', 'lab')
+            'probe', 'look', 'lab', 'course')
 __all__ = ['__version__', *_HOMES, *_MODULES]
 
 

@@ -54,7 +54,8 @@ def names(page):
         if re.match(r'#\| (default_exp|hide\n#\| eval: false)', source):
             continue
         for node in ast.parse(source).body:
-            constant = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).isupper()
+            constant = isinstance(node, (ast.Assign, ast.AugAssign)) and \
+                ast.unparse(getattr(node, 'target', None) or node.targets[0]).isupper()
             if constant or isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)):
                 exec(compile(ast.Module([node], []), '<page>', 'exec'), space)
     return space

@@ -22,6 +22,13 @@ def entry(page, site):
     return f'- [{title}]({site}/{address(page)}): {about}'
 
 
+def pages(item):
+    """The pages of a sidebar entry, those of its sections included."""
+    if isinstance(item, str):
+        return [item]
+    return sum(map(pages, item['contents']), []) if 'contents' in item else [item['href']]
+
+
 def llms():
     """The text: what the project is, then the pages as the sidebar orders them."""
     parser = ConfigParser(delimiters=['='])
@@ -32,7 +39,7 @@ def llms():
     quarto = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
     for item in quarto['website']['sidebar']['contents']:
         lines += [f"\n## {item['section']}\n"] if 'section' in item else []
-        lines += [entry(page, cfg['doc_host'] + cfg['doc_baseurl']) for page in item.get('contents') or [item['href']]]
+        lines += [entry(page, cfg['doc_host'] + cfg['doc_baseurl']) for page in pages(item)]
     return '\n'.join(lines) + '\n'
 
 

@@ -54,7 +54,7 @@ def submission(
         raise InputError(f'was made for version {made[1]} of the course, this is {__version__}')
     return Submission(name[1], listed, cells)
 
-# %% ../../nbs/51_grading.ipynb #ba8b8555
+# %% ../../nbs/51_grading.ipynb #4739c647
 def run_cells(
     cells: list,  # sources
     seconds: float = 10,  # of processor time for each statement
@@ -67,7 +67,8 @@ def run_cells(
         linecache.cache[file] = len(source), None, source.splitlines(keepends=True), file
         try: body = ast.parse(source).body
         except SyntaxError as e:
-            failed.update({f: f'SyntaxError in line {e.lineno} of its cell' for f in re.findall(r'^def (\w+)', source, re.M)})
+            said = f'SyntaxError in line {e.lineno} of its cell'
+            failed.update({f: said for f in re.findall(r'^def (\w+)', source, re.M)})
             continue
         for node in body:
             if re.search(r'\b(check_\w+|hello|progress)\(', ast.unparse(node)): continue
@@ -77,7 +78,7 @@ def run_cells(
                 failed[getattr(node, 'name', file)] = f'{type(e).__name__}: {" ".join(str(e).split())[:100]}'
     return names, failed
 
-# %% ../../nbs/51_grading.ipynb #679ddc33
+# %% ../../nbs/51_grading.ipynb #ae744a7c
 def inside(
     task: dict,  # fields of a Submission
 ) -> list:  # rows (number, function, state, message)
@@ -86,14 +87,17 @@ def inside(
     socket.socket = socket.create_connection = refuse
     with redirect_stdout(Few()), redirect_stderr(io.StringIO()):
         names, failed = run_cells(task['cells'])
-        for name in [n for n in sys.modules if n.startswith('scott.course')]: del sys.modules[name]  # whatever was changed
+        for name in list(sys.modules):  # whatever was changed in them
+            if name.startswith('scott.course'): del sys.modules[name]
         engine = importlib.import_module('scott.course.engine')
         checks, rows = importlib.import_module(f'scott.course.{task["module"]}'), []
         for number, name in task['functions']:
             check, outcome = getattr(checks, f'check_{name}', None), None
             if check is None: continue
             if name in names: outcomes = [engine.judge(check.__wrapped__, names[name], seed) for seed in range(3)]
-            else: outcomes = [engine.Outcome('error' if name in failed else 'blank', name, failed.get(name, 'not there'))]
+            else:
+                state = 'error' if name in failed else 'blank'
+                outcomes = [engine.Outcome(state, name, failed.get(name, 'not there'))]
             outcome = next((o for o in outcomes if not o), outcomes[0])
             rows.append((number, name, outcome.state, outcome.message))
     return rows

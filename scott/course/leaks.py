@@ -32,7 +32,7 @@ def seen_apply_mask(
     g = seeded(0)
     return [apply_mask(torch.rand(3, 2, 8, 12, generator=g) + 1, torch.rand(3, 1, 4, 4, generator=g) < .5)]
 
-# %% ../../nbs/solutions/02_leaks.ipynb #9e0916d6
+# %% ../../nbs/solutions/02_leaks.ipynb #1178e90a
 @checks(2, look=seen_apply_mask)
 def check_apply_mask(
     apply_mask,  # the student's function
@@ -46,15 +46,21 @@ def check_apply_mask(
         out, m = apply_mask(x, mask), enlarged(mask, (h, w)).expand_as(x)
         shaped(out, x.shape)
         neither = (out.ne(x) & out.ne(0)).float().mean().item()
-        must(neither == 0, f'{neither:.0%} of the values are neither kept nor 0', 'the mask is blurred or scaled: interpolate with nearest', 2)
+        must(neither == 0, f'{neither:.0%} of the values are neither kept nor 0',
+             'the mask is blurred or scaled: interpolate with nearest', 2)
         left, lost = out[~m].ne(0).float().mean().item(), out[m].eq(0).float().mean().item()
-        must(left < 1 or lost < 1, f'all hidden positions keep their values and all visible ones are 0 ({rows} x {cols} patches)',
+        must(left < 1 or lost < 1,
+             f'all hidden positions keep their values and all visible ones are 0 ({rows} x {cols} patches)',
              'the mask is inverted: True means visible')
-        must(left == 0, f'{left:.0%} of the hidden positions are not 0 ({rows} x {cols} patches on a map of {h} x {w})',
-             'the enlarged mask lies elsewhere: entries are repeated side by side, not tiled, each image has its own', 2)
-        must(lost == 0, f'{lost:.0%} of the visible positions are 0', 'the enlarged mask lies elsewhere', 2)
+        must(left == 0,
+             f'{left:.0%} of the hidden positions are not 0 ({rows} x {cols} patches on a map of {h} x {w})',
+             'the enlarged mask lies elsewhere: entries are repeated side by side, not tiled, each image has its own',
+             2)
+        must(lost == 0, f'{lost:.0%} of the visible positions are 0',
+             'the enlarged mask lies elsewhere', 2)
     half = apply_mask(x.bfloat16(), mask)
-    must(half.dtype == torch.bfloat16, f'a map of type bfloat16 becomes {half.dtype}', 'the mask has another type than the map', 2)
+    must(half.dtype == torch.bfloat16, f'a map of type bfloat16 becomes {half.dtype}',
+         'the mask has another type than the map', 2)
 
 # %% ../../nbs/solutions/02_leaks.ipynb #49e61651
 def scene(
@@ -76,7 +82,7 @@ def seen_sparse_conv(
     y = sparse_conv(x, weight, bias, mask, 2, 1)
     return [y, torch.autograd.grad(y.sum(), x)[0]]
 
-# %% ../../nbs/solutions/02_leaks.ipynb #00a923f2
+# %% ../../nbs/solutions/02_leaks.ipynb #749930c0
 @checks(2, look=seen_sparse_conv)
 def check_sparse_conv(
     sparse_conv,  # the student's function
@@ -92,20 +98,24 @@ def check_sparse_conv(
         visible = enlarged(mask, y.shape[2:]).expand_as(y)
         other = sparse_conv(torch.where(hidden, noise, x), weight, bias, mask, stride, padding)
         change, filled = (other - y)[visible].abs().max().item(), y[~visible].ne(0).float().mean().item()
-        must(change == 0, f'noise in the hidden pixels changes visible outputs by {change:.3g}, wanted exactly 0',
+        must(change == 0,
+             f'noise in the hidden pixels changes visible outputs by {change:.3g}, wanted exactly 0',
              'the input is not masked before the convolution')
         cause = 'the bias is added after the mask' if y.sub(bias.view(-1, 1, 1))[~visible].eq(0).all() else \
             'the output is not masked after the convolution'
         must(filled == 0, f'{filled:.0%} of the hidden outputs are not 0', cause, 2)
         whole = sparse_conv(x, weight, bias, torch.ones_like(mask), stride, padding)
         gap = (whole - F.conv2d(x, weight, bias, stride, padding)).abs().max().item()
-        must(gap < 1e-4, f'with nothing hidden it differs from F.conv2d by {gap:.3g}', 'weight, bias, stride or padding', 3)
+        must(gap < 1e-4, f'with nothing hidden it differs from F.conv2d by {gap:.3g}',
+             'weight, bias, stride or padding', 3)
         gap = (y - dense)[visible].abs().max().item()
-        must(gap < 1e-4, f'visible outputs are off by {gap:.3g}', 'the sum over the visible pixels is scaled: nothing is divided', 2)
+        must(gap < 1e-4, f'visible outputs are off by {gap:.3g}',
+             'the sum over the visible pixels is scaled: nothing is divided', 2)
     for name in ('float64', 'bfloat16'):
         dtype = getattr(torch, name)
         y = sparse_conv(x.to(dtype), weight.to(dtype), bias.to(dtype), mask, 2, 1)
-        must(y.dtype == dtype, f'for {name} it is of type {y.dtype}', 'the mask has another type than the map')
+        must(y.dtype == dtype, f'for {name} it is of type {y.dtype}',
+             'the mask has another type than the map')
 
 # %% ../../nbs/solutions/02_leaks.ipynb #d0e66257
 def views(
@@ -127,7 +137,7 @@ def seen_stage(
     maps = stage(images, weight, mask)
     return [*maps, torch.autograd.grad(maps[1].sum(), images)[0]]
 
-# %% ../../nbs/solutions/02_leaks.ipynb #ad8035e2
+# %% ../../nbs/solutions/02_leaks.ipynb #a00a439f
 @checks(2, look=seen_stage)
 def check_stage(
     stage,  # the student's function
@@ -141,23 +151,29 @@ def check_stage(
     results = []
     for x, m in ((images, mask), (torch.where(hidden, noise, images), mask), (images, torch.ones_like(mask))):
         out = stage(x, weight, m)
-        must(isinstance(out, tuple | list) and len(out) == 2, f'it returns {type(out).__name__}, wanted two maps', '', 2)
+        must(isinstance(out, tuple | list) and len(out) == 2,
+             f'it returns {type(out).__name__}, wanted two maps', '', 2)
         for y, like, name in zip(out, wanted, ('the map after the ReLU', 'the map after the pool')):
             shaped(y, like.shape, what=name)
         results.append(out)
     for y, other, whole, like, layer in zip(*results, wanted, ('convolution', 'pool')):
         visible = enlarged(mask, y.shape[2:]).expand_as(y)
         change, filled = (other - y)[visible].abs().max().item(), y[~visible].ne(0).float().mean().item()
-        must(change == 0, f'noise in the hidden pixels changes visible outputs of the {layer} by {change:.3g}, wanted exactly 0',
+        must(change == 0,
+             f'noise in the hidden pixels changes visible outputs of the {layer} by {change:.3g}, wanted exactly 0',
              'the image is not masked before the first layer')
-        must(filled == 0, f'{filled:.0%} of the hidden positions are not 0 after the {layer}', f'no mask after the {layer}', 2)
+        must(filled == 0, f'{filled:.0%} of the hidden positions are not 0 after the {layer}',
+             f'no mask after the {layer}', 2)
         gap = (whole - like).abs().max().item()
-        must(gap < 1e-5, f'with nothing hidden the map after the {layer} is off by {gap:.3g}', 'another convolution, no ReLU, or no pool', 3)
+        must(gap < 1e-5, f'with nothing hidden the map after the {layer} is off by {gap:.3g}',
+             'another convolution, no ReLU, or no pool', 3)
     y = results[0][0]
     clean = F.relu(F.conv2d(images * ~hidden, weight, stride=2, padding=3)) * enlarged(mask, y.shape[2:])
-    for mine, like, name in zip(results[0], (clean, MaxBlurPool2d(5)(clean) * enlarged(mask, (8, 12))), ('ReLU', 'pool')):
+    cleaned = clean, MaxBlurPool2d(5)(clean) * enlarged(mask, (8, 12))
+    for mine, like, name in zip(results[0], cleaned, ('ReLU', 'pool')):
         gap = (mine - like).abs().max().item()
-        must(gap < 1e-5, f'after the {name} visible positions are off by {gap:.3g}', 'a layer reads what the layer before it spread', 2)
+        must(gap < 1e-5, f'after the {name} visible positions are off by {gap:.3g}',
+             'a layer reads what the layer before it spread', 2)
 
 # %% ../../nbs/solutions/02_leaks.ipynb #9a842f26
 class Toy(nn.Module):
@@ -213,7 +229,7 @@ def seen_leak(
     out += [min(leak(toy, images, keep), 10.), float(toy.graded), float(images.equal(meadow(0)[0]))]
     return out
 
-# %% ../../nbs/solutions/02_leaks.ipynb #2dd8438f
+# %% ../../nbs/solutions/02_leaks.ipynb #4ae026eb
 @checks(3, look=seen_leak, within=.02)
 def check_leak(
     leak,  # the student's function
@@ -230,12 +246,16 @@ def check_leak(
     for kind, cause in causes.items():
         toy = Toy(kind).train()
         found = leak(toy, images, keep)
-        must(isinstance(found, float), f'it returns {type(found).__name__}, wanted a float', 'use .item()', 3)
+        must(isinstance(found, float), f'it returns {type(found).__name__}, wanted a float',
+             'use .item()', 3)
         clean = kind in ('masked', 'unmasked', 'dropout')
-        must(found == 0 if clean else found > 0, f'a {"clean" if clean else "leaky"} network gets {found:.3g}, wanted '
-             f'{"exactly 0" if clean else "more than 0"} (its kind: {kind})', cause, 2)
+        must(found == 0 if clean else found > 0,
+             f'a {"clean" if clean else "leaky"} network gets {found:.3g}, wanted '
+             f'{"exactly 0" if clean else "more than 0"} (its kind: {kind})',
+             cause, 2)
     toy = Toy('jump')
     found = leak(toy, images, keep)
-    must(abs(found - 5) < 1e-3, f'one token of each image changes by -5, and it returns {found:.3g}, wanted 5',
+    must(abs(found - 5) < 1e-3,
+         f'one token of each image changes by -5, and it returns {found:.3g}, wanted 5',
          'the mean instead of the maximum, or the sign is kept')
     must(not toy.graded, 'the network is called with gradients on', 'torch.no_grad is missing', 2)
