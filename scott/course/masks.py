@@ -117,7 +117,7 @@ def exactly_so_many(
     must(keep.equal(blocks((4, 7), 12, 9, seeded(seed + 7))),
          'the same seed gives another mask the second time', 'the generator is not used', 3)
 
-# %% ../../nbs/solutions/01_masks.ipynb #9d134a42
+# %% ../../nbs/solutions/01_masks.ipynb #74b294ac
 LOG = 'the shape is not drawn on the logarithm: tall and wide are equally likely, from 0.3 to 1 / 0.3'
 LOW = 'a block must be lower and narrower than the grid'
 WANTED = (  # masks, row of `statistics`, what it is, mean and deviation of the solution, likely cause
@@ -132,9 +132,10 @@ WANTED = (  # masks, row of `statistics`, what it is, mean and deviation of the 
     ('single', 0, 'in a single block of 24, neighbors are visible', .768, .029,
      'the smallest area is not kept: an area lies between smallest and left'),
     ('flat', 0, 'in a grid of two rows, neighbors are visible', .2142, .0876, LOW),
-    ('flat', 3, 'in a grid of two rows, pairs above less pairs side by side:', -.4167, .2014, LOW))
+    ('flat', 3, 'in a grid of two rows, pairs above less pairs side by side:', -.4167, .2014, LOW),
+    ('narrow', 3, 'in a grid of two columns, pairs above less pairs side by side:', .4167, .2014, LOW))
 
-# %% ../../nbs/solutions/01_masks.ipynb #1283e1a5
+# %% ../../nbs/solutions/01_masks.ipynb #1d929433
 @checks(1, look=seen_blocks, within=.15)
 def check_blocks(
     blocks,  # the student's function
@@ -143,13 +144,15 @@ def check_blocks(
     "Form, exact count, generator, and the statistics of blocks."
     exactly_so_many(blocks, seed)
     g = seeded(seed)
-    kinds = dict(large=((14, 14), 79, 16), single=((14, 14), 24, 24), flat=((2, 9), 2, 2))
+    kinds = dict(large=((14, 14), 79, 16), single=((14, 14), 24, 24), flat=((2, 9), 2, 2),
+                 narrow=((9, 2), 2, 2))
     masks = {kind: torch.stack([blocks(*how, g) for _ in range(120)]) for kind, how in kinds.items()}
     must(len(masks['large'].unique(dim=0)) == 120,
          'masks are repeated, though the generator has moved on', 'the function seeds a generator', 3)
-    for side, line in (('row', masks['large'][:, -1]), ('column', masks['large'][:, :, -1])):
-        must(line.any(), f'the last {side} is never visible in 120 masks',
-             'places are counted one too few: there are grid - h + 1', 2)
+    for kind, (grid, *_) in kinds.items():
+        for side, found in (('row', masks[kind].any(0).any(1)), ('column', masks[kind].any(0).any(0))):
+            must(found.all(), f'{side} {found.int().argmin()} (from 0) of a grid of {grid[0]} x {grid[1]} is '
+                 'never visible in 120 masks', 'there are grid[0] - h + 1 places, and grid[1] - w + 1', 2)
     for kind, row, what, mean, deviation, cause in WANTED:
         found, limit = statistics(masks[kind])[row].mean().item(), 6 * deviation / 120 ** .5
         must(abs(found - mean) < limit,
