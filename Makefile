@@ -15,7 +15,7 @@ venv: $(READY)  ## make .venv with everything in it (PYTHON=python3.12 to choose
 
 demo: $(READY)  ## pre-train on drawn flowers on a CPU, probe, draw, compare with a finished encoder: minutes, into runs/demo
 	@# a finished run that make demo made gives way to the next, an unfinished one goes on; any other runs/demo is refused
-	@[ ! -e runs/demo/.made-by-make-demo -o ! -e runs/demo/probe_petals.json ] || rm -rf runs/demo
+	@[ ! -e runs/demo/.made-by-make-demo ] || { [ -e runs/demo/checkpoint.pt ] && [ ! -e runs/demo/probe_petals.json ]; } || rm -rf runs/demo
 	@if [ -e runs/demo/.made-by-make-demo ]; then $(BIN)/scott_pretrain --preset demo --out runs/demo --resume; else \
 	  [ -e runs/demo ] || trap 'touch runs/demo/.made-by-make-demo 2>/dev/null' EXIT; \
 	  $(BIN)/scott_pretrain --preset demo --out runs/demo; fi

@@ -464,6 +464,12 @@ def test_a_forecast_is_printed_before_the_first_step(data, tmp_path, monkeypatch
     assert re.search(r'^160 steps of \S+ s: (less than 2|about \d+) minutes on this CPU$', seen[0], re.M)
 
 
+def test_a_device_that_is_not_there_is_refused_before_images_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr('scott.train.pretrain.prepare', lambda *a: pytest.fail('images were read'))
+    with pytest.raises(InputError, match='--device cuda:9'): pretrain('demo', device='cuda:9', out=tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
 def test_a_forecast_in_hours():
     training = toy()
     training.trainer.schedule = training.trainer.schedule._replace(total=10 ** 8)

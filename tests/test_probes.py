@@ -612,9 +612,9 @@ def test_the_command_for_a_missing_row_can_be_followed(run, data, capsys):
     (data / 'a' / 'broken.png').write_bytes(b'no picture')
     other = shutil.copytree(data, data.parent / 'my photos')
     report.main([str(run), '--data', f'folder:{other}', '--on-bad-image', 'skip', '--amp', 'off', '--probes', 'knn'])
-    line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith('supervised from scratch'))
-    report.main(shlex.split(line.partition('budget: scott_probe ')[2]))
-    assert 'not run yet' not in capsys.readouterr().out
+    line, = (line for line in capsys.readouterr().out.splitlines() if line.startswith('missing: supervised'))
+    report.main(shlex.split(line.partition('scott_probe ')[2]))
+    assert 'missing: supervised' not in capsys.readouterr().out
 
 
 def test_a_second_call_adds_rows_and_another_step_replaces_them(run, capsys):

@@ -166,7 +166,8 @@ def main(
     argv: list | None = None,  # the words after the command; None = sys.argv
 ):
     "`python -m scott.lab.minutes [NAME …] --out FILE.json`."
-    parser = Parser(prog='python -m scott.lab.minutes', description='The script of the first page, with one change at a time.')
+    parser = Parser(prog='python -m scott.lab.minutes',
+                    description='The script of the first page, with one change at a time.')
     parser.add_argument('names', nargs='*', help='changes (default: all): ' + '; '.join(CHANGES))
     parser.add_argument('--steps', type=int, default=6000, help='steps of a run (default: 6000)')
     parser.add_argument('--seeds', type=int, default=1, help='how many seeds, from 0 (default: 1)')
@@ -181,11 +182,12 @@ def table(
     rows: list,  # of `trial`
     names: list,  # of the changes to show
 ) -> str:  # Markdown
-    "Scores before and after training, and the gain with its spread over the seeds."
+    "Scores before and after training, and the gain for each seed; a change that wasn't run is left out."
     lines = ['| change | seeds | k-NN: random → trained | gain | linear: random → trained | gain |',
              '|---|---|---|---|---|---|']
     for name in names:
         own = [row for row in rows if row['name'] == name]
+        if not own: continue
         words = [name, str(len(own))]
         for k in range(2):
             before, after = ([row[which][k] for row in own] for which in ('random', 'context'))

@@ -332,7 +332,7 @@ def notes(
     if found := beats(r):
         lines.append(f'The context encoder {verdict(r)}.')
         if not any(found.values()):
-            lines[-1] += (' Train longer (--epochs), judge it on more test images, or '
+            lines[-1] += (' Train longer, judge it on more test images, or '
                           'see nbs/31_health.ipynb.')
     return lines
 

@@ -27,7 +27,7 @@ from ..jepa import MIMJEPA
 from .config import FREE, Config, build, differences, identity, masks_of, schedule_of, without_path
 from .feed import DRAWS, Feed, TwoViews
 from .files import clear_parts, digest, load_checkpoint, only_writer, write_atomic, write_checkpoint
-from .machine import describe_machine, pick_device
+from .machine import describe_machine, find_device, pick_device
 from .processes import Group
 from .run import Run, own_identity, read_metrics, save_encoder, write_config, write_pictures
 from .signs import PARTS, Neighbors, health_line, look, panel, rows_of_parts, verdict, weight_distance
@@ -373,6 +373,7 @@ def pretrain(
     if isinstance(cfg, Config): given = named(cfg, changes.get('resume', cfg.resume))
     else: given = dict(preset=cfg) if cfg else {}
     cfg = settings({**given, **changes})
+    if cfg.device != 'auto': find_device(cfg.device)  # refused before images are read
     group = Group.join(cfg.device)
     with only_writer(Path(cfg.out), 10. if group.restarts else 0.) if group.rank == 0 else nullcontext():
         training = prepare(cfg, group)
