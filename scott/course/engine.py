@@ -32,9 +32,6 @@ import torch
 from .. import __version__
 
 # %% ../../nbs/50_course.ipynb #4fd4d0a0
-SITE = 'https://scott-ssl.github.io/scott'
-
-
 class Exercise(NamedTuple):
     "A box of the progress line."
     number: int
@@ -44,7 +41,8 @@ class Exercise(NamedTuple):
     page: str  # of the book, to be read before
     functions: str  # that the student writes, with spaces between them
 
-
+# %% ../../nbs/50_course.ipynb #5a11ab05
+SITE = 'https://scott-ssl.github.io/scott'
 SYLLABUS = [Exercise(*row) for row in (
     (1, 'Exactly so many, in blocks', '01_masks', 35, '10_masking', 'uniform blocks'),
     (2, 'Nothing leaks', '02_leaks', 20, '11_sparse', 'apply_mask sparse_conv stage'),
