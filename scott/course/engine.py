@@ -132,11 +132,11 @@ def seeded(
 class Broke(Exception):
     "The student's function raised; the text names its line and its inputs."
 
-
+# %% ../../nbs/50_course.ipynb #5a11ab11
 class Blank(Exception):
     "The student's function has not been written yet."
 
-
+# %% ../../nbs/50_course.ipynb #5a11ab12
 class TimeUp(BaseException):
     "The time limit is reached."
 
