@@ -299,8 +299,12 @@ def alike(
     stored = files('scott').joinpath('course', check.__module__.rpartition('.')[2] + '.json')
     if not check.look or not stored.is_file(): return ''
     known = json.loads(stored.read_text(encoding='utf-8')).get(check.__name__.removeprefix('check_'), {})
+    def small(*args):  # a huge tensor could not be interrupted
+        out = f(*args)
+        if isinstance(out, torch.Tensor) and out.numel() > 10**7: raise ValueError('too large')
+        return out
     try:
-        with usual(), redirect_stdout(Few()), limited(LIMIT): mine = condensed(check.look(f))
+        with usual(), redirect_stdout(Few()), limited(LIMIT): mine = condensed(check.look(small))
     except (Exception, SystemExit, TimeUp): return ''
     names = [name for name, numbers in known.items() if len(mine) == len(numbers)
              and all(abs(a - b) <= check.within * max(1, abs(b)) for a, b in zip(mine, numbers))]
