@@ -76,17 +76,21 @@ class Browser:
         self.problems, self.address = [], Path(path).resolve().as_uri()
         self.send('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.send('Page.navigate', url=self.address)
-        for _ in range(600):
-            if self.run(f'document.readyState == "complete" && location.href == {json.dumps(self.address)}'):
-                return self
-            time.sleep(.05)
-        raise AssertionError(f'{path} does not load')
+        self.wait(f'document.readyState == "complete" && location.href == {json.dumps(self.address)}')
+        return self
 
     def run(self, script):
         """The value of a JavaScript expression on the page."""
         answer = self.send('Runtime.evaluate', expression=script, returnByValue=True, awaitPromise=True)
         assert 'exceptionDetails' not in answer, answer['exceptionDetails']
         return answer['result'].get('value')
+
+    def wait(self, script):
+        """Until a JavaScript expression is true: a browser draws when it gets to it, on a busy machine late."""
+        for _ in range(600):
+            if self.run(script): return
+            time.sleep(.05)
+        raise AssertionError(f'after half a minute still false: {script}')
 
     def press(self, *keys):
         """Press keys, one after the other, wherever the focus is."""

@@ -133,8 +133,7 @@ def test_figures_on_one_page_do_not_clash_and_follow_its_colors(browser, files):
         ({FIGURE % "masks"}.shadowRoot.querySelector(".figure"))''')
     assert contrast > 7
     browser.run('void (document.body.style.cssText = "background: white; color: black")')
-    browser.run('new Promise(done => setTimeout(done, 50))')
-    assert browser.run(themes) == ['light'] * 4
+    browser.wait(f'{themes}.every(t => t == "light")')
 
 
 @in_browser
@@ -144,8 +143,7 @@ def test_figures_follow_the_colors_of_the_system(browser, figures, tmp_path):
     browser.open(tmp_path/'page.html')
     for theme in ('dark', 'light'):
         browser.send('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=theme)])
-        browser.run('new Promise(done => setTimeout(done, 100))')
-        assert browser.run(f'{inside("masks", ".figure")}.dataset.theme') == theme
+        browser.wait(f'{inside("masks", ".figure")}.dataset.theme == "{theme}"')
 
 
 @in_browser
@@ -211,8 +209,7 @@ def test_masks_by_mouse(browser, files):
     assert browser.run(state) == dict(kind='multiblock', side=7, ratio=.6, drawn=1)
     assert browser.run(f'{inside("masks", "canvas")}.toDataURL()') != before
     browser.click(inside('masks', 'Keep drawing'))
-    browser.run(f'new Promise(done => {{ const look = () => {FIGURE % "masks"}.figure.state.drawn > 20 ? done() : '
-                'setTimeout(look, 20); look(); })')
+    browser.wait(f'{FIGURE % "masks"}.figure.state.drawn > 20')
     assert browser.run(f'{inside("masks", ".readout")}.ariaLive') == 'off'  # not at every frame
     browser.click(inside('masks', 'Pause'))
     assert browser.run(f'{inside("masks", ".readout")}.ariaLive') == 'polite'
