@@ -1,7 +1,7 @@
 """All checks, one after the other though one fails, and at the end a list of what failed.
 
 `python tests/check.py`       the export, the cleaning, then every page, alone as on Colab, and beside it the tests
-                              that aren't slow
+                              that aren't slow, those of the course in a process of their own
 `python tests/check.py slow`  the slow tests and the pages with slow cells
 """
 import os
@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 PAGES, TESTS = r'^\t(\S+\.ipynb)$', r'^(?:FAILED|ERROR) (\S+)'  # how nbdev_test and pytest name what failed
 PYTEST = [sys.executable, '-m', 'pytest', '-q', '-rfEs', '--tb=short', '--durations=10',
-          '--continue-on-collection-errors', 'tests']
+          '--continue-on-collection-errors']
+COURSE = 'tests/test_course.py'
 
 
 def run(name, command, pattern, place=None, **variables):
@@ -73,21 +74,24 @@ def pages():
         try: alone(Path(place))
         except subprocess.CalledProcessError as e:
             return [f'pages: exit code {e.returncode}: {" ".join(map(str, e.cmd))}']
-        workers = str(os.cpu_count())  # the tests run beside them
-        return run('pages', [BIN/'nbdev_test', '--n_workers', workers, '--timing'], PAGES, place, PYTHONPATH=place)
+        workers = str(os.cpu_count())  # they give way to the tests, whose process would be the last to end
+        command = ['nice', BIN/'nbdev_test', '--n_workers', workers, '--timing']
+        return run('pages', command, PAGES, place, PYTHONPATH=place)
 
 
 def quick():
     """What `make test` runs; what failed."""
     failed = unchanged('nbdev_export', 'scott', '.py') + unchanged('nbdev_clean', 'nbs', '.ipynb')
     with ThreadPoolExecutor() as pool:
-        steps = [pool.submit(pages), pool.submit(run, 'tests', [*PYTEST, '-m', 'not slow'], TESTS)]
+        steps = [pool.submit(pages),
+                 pool.submit(run, 'tests', [*PYTEST, '-m', 'not slow', f'--ignore={COURSE}', 'tests'], TESTS),
+                 pool.submit(run, 'course', [*PYTEST, '-m', 'not slow', COURSE], TESTS)]
         return failed + sum((step.result() for step in steps), [])
 
 
 def slow():
     """What `make test-slow` runs; what failed."""
-    failed = run('tests', [*PYTEST, '-m', 'slow'], TESTS)
+    failed = run('tests', [*PYTEST, 'tests', '-m', 'slow'], TESTS)
     for page, content in sorted(files('nbs', '.ipynb').items()):
         if re.search(rb'"#\| *slow\b', content):
             failed += run('pages', [BIN/'nbdev_test', '--path', ROOT/page, '--flags', 'slow'], PAGES)

@@ -3,6 +3,7 @@ import json
 import os
 from pathlib import Path
 
+import check
 import pytest
 import torch
 from PIL import Image
@@ -48,6 +49,14 @@ def tensors(tree):
     if isinstance(tree, dict): tree = [tree[k] for k in sorted(tree, key=str)]
     if isinstance(tree, (list, tuple)): return [t for branch in tree for t in tensors(branch)]
     return [torch.as_tensor(tree)] if isinstance(tree, (torch.Tensor, int, float)) else []
+
+
+@pytest.fixture(scope='session')
+def place(tmp_path_factory):
+    "A folder with the package as pip installs it from a wheel, and each page in a folder of its own."
+    place = tmp_path_factory.mktemp('alone')
+    check.alone(place)
+    return place
 
 
 @pytest.fixture

@@ -95,7 +95,7 @@ def exercise(path):
     checks = ', '.join(sorted(f'check_{name}' for name in functions(page)))
     lines = [line for line in imports['source'].splitlines() if line != 'from scott.course.engine import mistakes']
     before = next((i for i, line in enumerate(lines) if line.startswith('from scott.')), len(lines))
-    lines[before:before] = ['from scott.course.engine import hello, progress', f'from scott.{module(page)} import {checks}']
+    lines[before:before] = ['from scott.course.progress import hello, progress', f'from scott.{module(page)} import {checks}']
     imports['source'] = '\n'.join(lines)
     cells.insert(cells.index(imports) + 1, cell('code', 'hello()'))
     end = f'The [solutions](../solutions/{path.name}) show other right answers, and how each known mistake looks. What you have done so far:'

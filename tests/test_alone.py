@@ -5,14 +5,6 @@ import subprocess
 import sys
 
 import check
-import pytest
-
-
-@pytest.fixture(scope='module')
-def place(tmp_path_factory):
-    place = tmp_path_factory.mktemp('alone')
-    check.alone(place)
-    return place
 
 
 def test_every_page_is_in_a_folder_of_its_own(place):

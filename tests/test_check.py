@@ -40,7 +40,7 @@ def test_a_failing_step_does_not_hide_the_next(monkeypatch):
     monkeypatch.setattr(check, 'unchanged', lambda command, *_: [command])
     monkeypatch.setattr(check, 'alone', lambda place: None)  # tests/test_alone.py looks at it
     monkeypatch.setattr(check, 'run', lambda name, *_, **__: [name])
-    assert check.quick() == ['nbdev_export', 'nbdev_clean', 'pages', 'tests']
+    assert check.quick() == ['nbdev_export', 'nbdev_clean', 'pages', 'tests', 'course']
 
 
 def test_a_wheel_that_cannot_be_built_hides_no_failure(monkeypatch):
@@ -48,8 +48,8 @@ def test_a_wheel_that_cannot_be_built_hides_no_failure(monkeypatch):
     monkeypatch.setattr(check, 'unchanged', lambda command, *_: [f'{command} changed x'])
     monkeypatch.setattr(check, 'alone', broken)
     monkeypatch.setattr(check, 'run', lambda name, *_, **__: [f'{name}: a::b'])
-    export, clean, pages, tests = check.quick()
-    assert export == 'nbdev_export changed x' and clean == 'nbdev_clean changed x' and tests == 'tests: a::b'
+    export, clean, pages, tests, course = check.quick()
+    assert export == 'nbdev_export changed x' and clean == 'nbdev_clean changed x' and tests == 'tests: a::b' and course == 'course: a::b'
     assert pages.startswith('pages: exit code 5: ') and 'SystemExit' in pages
 
 

@@ -1,6 +1,7 @@
 """What the package promises as a whole: metadata, commands, and the house rules for generated modules."""
 import ast
 import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from importlib.metadata import distributions, packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted(p for p in (ROOT/'scott').rglob('*.py') if p.name not in ('__init__.py', '_modidx.py'))
@@ -76,9 +78,18 @@ def test_an_installation_asks_for_what_its_modules_import(installed):
              for a in n.names} - set(sys.stdlib_module_names) - {'scott', 'pillow_heif'}  # it is used if it is there
     packages = packages_distributions()
     imported = {packages[name][0] for name in names}
-    assert imported - {'pillow'} <= asked  # torchvision asks for Pillow
+    assert imported <= asked
     assert not [r for r in asked if re.match('nbdev|fastcore|pytest|jupyter', r)], 'a development tool at run time'
     assert about.metadata['Name'] == cfg['pip_name'] and about.version == importlib.import_module('scott').__version__
+
+
+def test_colab_has_what_an_installation_asks_for():
+    """The install cell brings the package alone: a requirement that Colab can't meet would show itself in use."""
+    colab = json.loads((ROOT/'tests/colab.json').read_text())
+    assert Requirement(f'python>={cfg["min_python"]}').specifier.contains(colab['python'])
+    for asked in map(Requirement, cfg['requirements'].split()):
+        there = colab['packages'].get(asked.name)
+        assert there and asked.specifier.contains(there), f'{asked}: Colab of {colab["date"]} has {there}'
 
 
 def test_commands_of_an_installation_can_be_called(installed):

@@ -25,7 +25,8 @@ from typing import NamedTuple
 
 from .. import __version__
 from ..cli import InputError, Parser, run_cli
-from .engine import SYLLABUS, Few, TimeUp, limited
+from .engine import Few, TimeUp, limited
+from .syllabus import SYLLABUS
 
 # %% ../../nbs/51_grading.ipynb #52cdc73d
 class Submission(NamedTuple):

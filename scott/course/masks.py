@@ -157,3 +157,6 @@ def check_blocks(
         found, limit = statistics(masks[kind])[row].mean().item(), 6 * deviation / 120 ** .5
         must(abs(found - mean) < limit,
              f'{what} {found:.2f} on average, wanted {mean:.2f} ± {limit:.2f}', cause, 2)
+    squares = sum((statistics(blocks((3, 3), 4, 4, g)[None])[0] == .5).item() for _ in range(24))
+    must(squares == 24, f'in a grid of 3 x 3 a block of 4 is 2 x 2, and {24 - squares} of 24 masks are none',
+         'a block goes over the border and is cut off: there are grid[0] - h + 1 places, and grid[1] - w + 1', 2)
