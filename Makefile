@@ -44,9 +44,10 @@ docs:  ## the site, into _docs/ (needs Quarto)
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python tests/readme.py
 
-exercises: $(READY)  ## nbs/exercises from nbs/solutions, and what the checks know of usual mistakes
+exercises: $(READY)  ## nbs/exercises from nbs/solutions, what the checks know of usual mistakes, and the figures for a class
 	$(BIN)/nbdev_export
 	$(BIN)/python tests/exercises.py
+	$(BIN)/python tests/figures.py
 
 clean:  ## remove what tests and docs leave behind; .venv and runs/ stay
 	rm -rf _proc _docs nbs/nbdev.yml nbs/sidebar.yml nbs/llms.txt build dist .pytest_cache

@@ -13,6 +13,7 @@ import time
 from importlib.metadata import version
 
 import exercises
+import figures
 import mutants
 import nbformat
 import pytest
@@ -188,3 +189,10 @@ def test_blank_exercise_runs_to_its_end_in_an_empty_folder(path, place, monkeypa
     took = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     figure(f'course, {path.stem}: processor time of the blank notebook in an empty folder', f'{took:.0f} s')
     assert took <= 60
+
+
+def test_figures_of_a_class_are_those_of_the_pages():
+    """Run make exercises after a page was run anew."""
+    kept = {path.name: path.read_bytes() for path in figures.FOLDER.iterdir()}
+    assert kept == figures.pictures()
+    assert (exercises.ROOT/'nbs/54_figures.ipynb').read_text(encoding='utf-8') == exercises.written(figures.page())
