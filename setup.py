@@ -44,7 +44,7 @@ setup(
     ],
     package_dir={'': '.'},  # pip install -e then adds this folder to the path, so that an import from the folder above works
     packages=find_packages(include=[cfg['lib_name'], f"{cfg['lib_name']}.*"]),
-    package_data={cfg['lib_name']: ['encoders/*/*', 'look/figures/*', 'course/*.json']},  # encoders, figures, known mistakes
+    package_data={cfg['lib_name']: ['encoders/*/*', 'look/figures/*', 'course/*.json', 'course/*.jsonl']},  # runs and known mistakes too
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
