@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIXED_UP', 'heads', 'weights_of', 'gradients', 'seen_attention', 'means_hold', 'scale_holds', 'check_attention',
-           'gate_holds', 'sizes', 'seen_swiglu', 'check_swiglu', 'normed', 'near', 'told', 'stream', 'mixing', 'single',
-           'seen_block', 'empty_branches', 'steps_hold', 'check_block']
+           'gate_holds', 'sizes', 'seen_swiglu', 'check_swiglu', 'normed', 'near', 'told', 'holding', 'stream',
+           'mixing', 'single', 'seen_block', 'empty_branches', 'ffn_holds', 'steps_hold', 'check_block']
 
 # %% ../../nbs/solutions/04_block.ipynb #b1d16398
 import torch
@@ -100,7 +100,7 @@ def scale_holds(
          f'the largest of 49 weights is {found:.3f} on average (d = 64, 4 heads), wanted 0.127',
          near[0] if near else 'the scores have another scale', 2)
 
-# %% ../../nbs/solutions/04_block.ipynb #32046466
+# %% ../../nbs/solutions/04_block.ipynb #b4cd1763
 @checks(6, look=seen_attention)
 def check_attention(
     attention,  # the student's function
@@ -115,7 +115,8 @@ def check_attention(
         out, right = attention(*inputs), attend(*inputs)
         shaped(out, shape)
         gap = (out - right).abs().max().item()
-        must(gap < 1e-5, f'means are off by {gap:.2g} (B, H, T, d = {shape})', 'another scale, or other weights', 2)
+        must(gap < 1e-5, f'means are off by {gap:.2g} (B, H, T, d = {shape})',
+             'another scale, or other weights', 2)
         for name, mine, like in zip('qkv', gradients(out, inputs), gradients(right, inputs)):
             gap = (mine - like).abs().max().item()
             must(gap < 1e-4, f'the gradient of {name} is off by {gap:.2g} (B, H, T, d = {shape})',
@@ -126,7 +127,8 @@ def check_attention(
          'exp overflows: softmax subtracts the largest score of each row first', 3)
     for dtype in (torch.float64, torch.bfloat16):
         out = attention(*(x.to(dtype) for x in (q, k, v)))
-        must(out.dtype == dtype, f'inputs of type {dtype} give {out.dtype}', 'something has a type of its own', 2)
+        must(out.dtype == dtype, f'inputs of type {dtype} give {out.dtype}',
+             'something has a type of its own', 2)
 
 # %% ../../nbs/solutions/04_block.ipynb #86b15537
 MIXED_UP = {  # what a unit puts out for gate z and content c, and the likely cause
@@ -140,7 +142,7 @@ MIXED_UP = {  # what a unit puts out for gate z and content c, and the likely ca
     'gate and content are added: they must be multiplied': lambda z, c: F.silu(z) + c,
     'the content plays no part: this is a plain MLP': lambda z, c: F.silu(z)}
 
-# %% ../../nbs/solutions/04_block.ipynb #a8c78e12
+# %% ../../nbs/solutions/04_block.ipynb #ec90465a
 def gate_holds(
     swiglu,  # the student's function
 ):
@@ -155,7 +157,8 @@ def gate_holds(
         i = 0 if abs(found[0] - wanted[0]) > .01 else (found - wanted).abs().argmax()
         cause = [cause for cause, f in MIXED_UP.items() if (f(z, c) - found).abs().max() < 1e-4]
         must((found - wanted).abs().max() < 1e-3,
-             f'a hidden unit with gate {z[i]:g} and content {c:g} puts out {found[i] + 0:.3f}, wanted {wanted[i]:.3f}',
+             f'a hidden unit with gate {z[i]:g} and content {c:g} puts out '
+             f'{found[i] + 0:.3f}, wanted {wanted[i]:.3f}',
              cause[0] if cause else 'the gate is SiLU of w_gate x; it multiplies w_content x', 2)
 
 # %% ../../nbs/solutions/04_block.ipynb #7f3c3bd7
@@ -178,7 +181,7 @@ def seen_swiglu(
     out = swiglu(*inputs)
     return [out, *gradients(out, inputs)]
 
-# %% ../../nbs/solutions/04_block.ipynb #13b97a9f
+# %% ../../nbs/solutions/04_block.ipynb #6da06c94
 @checks(6, look=seen_swiglu)
 def check_swiglu(
     swiglu,  # the student's function
@@ -204,13 +207,15 @@ def check_swiglu(
         gap = (out - right).abs().max().item()
         must(gap < 1e-5, f'outputs are off by {gap:.2g} (B, T, D, W = {shape})',
              'something beside the three products and SiLU: a norm, a scale, a bias', 2)
-        for name, mine, like in zip(('x', 'w_gate', 'w_content', 'w_out'), *(gradients(y, inputs) for y in (out, right))):
+        names = 'x', 'w_gate', 'w_content', 'w_out'
+        for name, mine, like in zip(names, gradients(out, inputs), gradients(right, inputs)):
             gap = (mine - like).abs().max().item()
             must(gap < 1e-4, f'the gradient of {name} is off by {gap:.2g} (B, T, D, W = {shape})',
                  'detach, no_grad or .data: gradients must flow through gate and content', 3)
     for dtype in (torch.float64, torch.bfloat16):
         out = swiglu(*(y.detach().to(dtype) for y in inputs))
-        must(out.dtype == dtype, f'inputs of type {dtype} give {out.dtype}', 'something has a type of its own', 2)
+        must(out.dtype == dtype, f'inputs of type {dtype} give {out.dtype}',
+             'something has a type of its own', 2)
 
 # %% ../../nbs/solutions/04_block.ipynb #563dd997
 def normed(
@@ -227,13 +232,21 @@ def near(
     "Whether two tensors hold the same numbers, up to rounding."
     return a.shape == b.shape and bool((a - b).abs().max() < 1e-4)
 
-# %% ../../nbs/solutions/04_block.ipynb #09613923
+# %% ../../nbs/solutions/04_block.ipynb #a4e3b485
 def told(
     x,  # (B, T, D)
 ):
     "The means and the standard deviations of its tokens, in words."
-    size = x.std(-1, correction=0)
-    return f'means up to {x.mean(-1).abs().max():.2f} and deviations of {size.min():.2f} to {size.max():.2f}'
+    mean, size = x.mean(-1).abs().max(), x.std(-1, correction=0)
+    return f'means up to {mean:.2f} and deviations of {size.min():.2f} to {size.max():.2f}'
+
+# %% ../../nbs/solutions/04_block.ipynb #526cddc0
+def holding(
+    causes,  # {cause: whether it holds}
+    otherwise,  # the cause if none does
+):
+    "The first likely cause that holds."
+    return next((cause for cause, holds in causes.items() if holds), otherwise)
 
 # %% ../../nbs/solutions/04_block.ipynb #1569d69b
 def stream(
@@ -257,7 +270,7 @@ def single(
     "A branch in place of the feed-forward network: each token alone."
     return (2 * x).sin() - .4 * x.roll(1, 2)
 
-# %% ../../nbs/solutions/04_block.ipynb #598448dc
+# %% ../../nbs/solutions/04_block.ipynb #b5a7fedb
 def seen_block(
     block,  # the student's function
 ):
@@ -265,9 +278,10 @@ def seen_block(
     x, scale = stream(0, 3, 5, 8), torch.ones((), requires_grad=True)
     out = block(x, lambda z: scale * mixing(z), single)
     flat = block(torch.ones(1, 2, 4), torch.zeros_like, torch.zeros_like)
-    return [out, *gradients(out, [scale]), float(x.equal(stream(0, 3, 5, 8))), flat.isfinite().float().mean()]
+    return [out, *gradients(out, [scale]), float(x.equal(stream(0, 3, 5, 8))),
+            flat.isfinite().float().mean()]
 
-# %% ../../nbs/solutions/04_block.ipynb #29fb46a1
+# %% ../../nbs/solutions/04_block.ipynb #494fdeaa
 def empty_branches(
     block,  # the student's function
     x,  # (B, T, D)
@@ -275,18 +289,41 @@ def empty_branches(
     "Both branches 0: LN(x), which has mean 0 and deviation 1 in each token."
     y = block(x, torch.zeros_like, torch.zeros_like)
     shaped(y, x.shape)
-    d, right = x.shape[-1], normed(x)
+    d, right, own = x.shape[-1], normed(x), 'each token is normalized over its own channels'
     causes = {
         'this is the usual pre-norm block: here LN replaces the stream itself': near(y, x),
         'a residual is missing: what a branch returns is added to the stream': y.eq(0).all(),
-        'the deviation has D - 1 in it: take the mean square over the D channels': near(y * (d / (d - 1)) ** .5, right),
-        'the mean over the channels is not subtracted': near(y, x / (x.square().mean(-1, True) + 1e-5).sqrt()),
-        'LN runs over the tokens: each token is normalized over its own channels': near(y.mean(1), 0 * y[:, 0]),
-        'LN runs over the images: each token is normalized over its own channels': near(y.mean(0), 0 * y[0])}
-    must(near(y, right), f'if both branches return 0, the tokens come out with {told(y)}, wanted LN(x): 0 and 1',
-         next((cause for cause, holds in causes.items() if holds), 'LN runs over the last axis, and nothing else'))
+        'the deviation has D - 1 in it: take the mean square over the D channels':
+            near(y * (d / (d - 1)) ** .5, right),
+        'the mean over the channels is not subtracted':
+            near(y, x / (x.square().mean(-1, True) + 1e-5).sqrt()),
+        f'LN runs over the tokens: {own}': near(y.mean(1), 0 * y[:, 0]),
+        f'LN runs over the images: {own}': near(y.mean(0), 0 * y[0])}
+    must(near(y, right),
+         f'if both branches return 0, the tokens come out with {told(y)}, wanted LN(x): 0 and 1',
+         holding(causes, f'LN runs over the last axis: {own}'))
 
-# %% ../../nbs/solutions/04_block.ipynb #73fa894e
+# %% ../../nbs/solutions/04_block.ipynb #9d174347
+def ffn_holds(
+    x,  # (B, T, D), the block's input
+    second,  # (B, T, D), what the second branch was given
+):
+    "What the second branch is given; returns the output that is wanted."
+    a = mixing(normed(x))
+    middle = normed(x + a)
+    causes = {
+        'LN is missing between the two additions': near(second, x + a),
+        'the first LN must not replace the stream: attention is added to x itself':
+            near(second, normed(normed(x) + a)),
+        'the first residual is missing: attn(LN(x)) is added to x': near(second, normed(a)),
+        'the branches are side by side: the second one reads what the first one added':
+            near(second, normed(x))}
+    gap = (second - middle).abs().max().item()
+    must(near(second, middle), f'ffn is given tokens that are off by {gap:.2g}, wanted LN(x + attn(LN(x)))',
+         holding(causes, 'the second step is x = LN(x)'), 2)
+    return middle + single(middle)
+
+# %% ../../nbs/solutions/04_block.ipynb #aff6afc5
 def steps_hold(
     block,  # the student's function
     x,  # (B, T, D)
@@ -301,27 +338,20 @@ def steps_hold(
     y = block(x, noting('attn', mixing), noting('ffn', single))
     shaped(y, x.shape)
     names = [name for name, _ in calls]
-    must(names == ['attn', 'ffn'], f'the branches are called in this order: {", ".join(names) or "none"}; '
-         'wanted: attn, ffn', 'each branch is used once, attention first')
+    must(names == ['attn', 'ffn'],
+         f'the branches are called in this order: {", ".join(names) or "none"}; wanted: attn, ffn',
+         'each branch is used once, attention first')
     (_, first), (_, second) = calls
     must(near(first, normed(x)), f'attn is given tokens with {told(first)}, wanted LN(x): 0 and 1',
          'LN comes before attention as well, in the branch')
-    a = mixing(normed(x))
-    middle = normed(x + a)
-    causes = {'LN is missing between the two additions': near(second, x + a),
-              'the first LN must not replace the stream: attention is added to x itself': near(second, normed(normed(x) + a)),
-              'the first residual is missing: attn(LN(x)) is added to x': near(second, normed(a)),
-              'the branches are side by side: the second one reads what the first one added': near(second, normed(x))}
-    must(near(second, middle), f'ffn is given tokens that are off by {(second - middle).abs().max():.2g}, '
-         'wanted LN(x + attn(LN(x)))', next((c for c, holds in causes.items() if holds), 'the second step'), 2)
-    right = middle + single(middle)
-    causes = {'the second residual is missing: ffn(x) is added to the normalized x': near(y, single(middle)),
-              'the usual pre-norm block: ffn is added to the normalized stream': near(y, x + a + single(middle)),
+    right = ffn_holds(x, second)
+    causes = {'the second residual is missing: ffn(x) is added to the normalized x': near(y, single(second)),
               'there is no LN after the last addition': near(y, normed(right))}
-    must(near(y, right), f'the output is off by {(y - right).abs().max():.2g}, though both branches are given the right tokens',
-         next((c for c, holds in causes.items() if holds), 'the third step: x + ffn(x)'))
+    must(near(y, right),
+         f'both branches are given the right tokens, but the output is off by {(y - right).abs().max():.2g}',
+         holding(causes, 'the third step is x + ffn(x), with the normalized x'))
 
-# %% ../../nbs/solutions/04_block.ipynb #bb12bcd8
+# %% ../../nbs/solutions/04_block.ipynb #5bee928c
 @checks(6, look=seen_block)
 def check_block(
     block,  # the student's function
@@ -338,11 +368,12 @@ def check_block(
     x, scale = stream(seed, 3, 5, 16).requires_grad_(), torch.ones((), requires_grad=True)
     out = block(x, lambda z: scale * mixing(z), single)
     middle = normed(x + scale * mixing(normed(x)))
-    pairs = zip(('its input', 'the first branch'), *(gradients(y, (x, scale)) for y in (out, middle + single(middle))))
-    for name, mine, like in pairs:
+    mine, like = (gradients(y, (x, scale)) for y in (out, middle + single(middle)))
+    for name, mine, like in zip(('its input', 'the first branch'), mine, like):
         gap = ((mine - like).abs().max() / like.abs().max()).item()
-        must(gap < 1e-3, f'the gradient of {name} is off by {gap:.2g} of its size',
+        must(gap < 1e-3, f'the gradient of {name} is off by {gap:.0%} of its size',
              'detach or no_grad: gradients must flow through the norms too')
     for dtype in (torch.float64, torch.bfloat16):
         out = block(x.detach().to(dtype), mixing, single)
-        must(out.dtype == dtype, f'tokens of type {dtype} become {out.dtype}', 'something has a type of its own', 2)
+        must(out.dtype == dtype, f'tokens of type {dtype} become {out.dtype}',
+             'something has a type of its own', 2)

@@ -160,10 +160,10 @@ def check_grid_of(
             must(found == wanted, f'{size} pixels become {found} places with the layers {layers}, '
                  f'PyTorch makes {wanted}', '', 2)
 
-# %% ../../nbs/solutions/03_tokens.ipynb #1ff8e8b3
+# %% ../../nbs/solutions/03_tokens.ipynb #c7a3fa21
 SIZES = (3, 6, 8, 2), (1, 5, 4, 1), (2, 7, 4, 0), (2, 3, 4, 5)  # images, patches, numbers a token, registers
 
-
+# %% ../../nbs/solutions/03_tokens.ipynb #717a149b
 def near(
     a,  # tensor
     b,  # tensor that fits
@@ -171,7 +171,7 @@ def near(
     "Whether two tensors are equal up to rounding."
     return bool(((a - b).abs() < 1e-4).all())
 
-
+# %% ../../nbs/solutions/03_tokens.ipynb #db525bba
 def parts(
     b,  # images
     n,  # patches
@@ -294,7 +294,7 @@ class Noting(nn.Module):
         self.log.append((self.name, x, out))
         return out
 
-# %% ../../nbs/solutions/03_tokens.ipynb #c7a50a4a
+# %% ../../nbs/solutions/03_tokens.ipynb #9634c0f2
 def modules(
     dim,  # D
     depth,  # number of blocks
@@ -305,7 +305,7 @@ def modules(
     blocks = [Noting(f'block {i}', dim, log, seed + i) for i in range(1, depth + 1)]
     return blocks, Noting('head', dim, log, seed + 99)
 
-
+# %% ../../nbs/solutions/03_tokens.ipynb #54765d70
 def guessed(
     x, pos, registers, blocks, head,  # as `predict` gets them
 ):
@@ -314,7 +314,7 @@ def guessed(
     for block in blocks: y = block(y)
     return head(y)[:, len(registers):]
 
-# %% ../../nbs/solutions/03_tokens.ipynb #1e24358e
+# %% ../../nbs/solutions/03_tokens.ipynb #c8852682
 def traced_back(
     log,  # of (name, input, output), one call each
     names,  # of the modules in their order
@@ -322,8 +322,8 @@ def traced_back(
 ):
     "The first step of a wrong prediction that is wrong."
     called = [name for name, *_ in log]
-    must(called == names, f'these modules ran: {", ".join(called)}; wanted {", ".join(names)}', 'each block once, in the order of the list, '
-         'then the head', 3)
+    must(called == names, f'these modules ran: {", ".join(called)}; wanted {", ".join(names)}',
+         'each block once, in the order of the list, then the head', 3)
     n, r, start = x.shape[1], len(registers), log[0][1]
     must(start.shape == (len(x), r + n, x.shape[2]),
          f'into {names[0]} goes {tuple(start.shape)}, wanted {(len(x), r + n, x.shape[2])}',
@@ -338,7 +338,8 @@ def traced_back(
         if got.shape == out.shape:
             if near(got, start): cause = 'each block gets the same, wanted what the one before it made'
             if near((got - out)[:, r:], pos): cause = 'positions are added once, before the first block'
-        must(got.shape == out.shape and near(got, out), f'what goes into {after} is not what comes out of {before}', cause)
+        must(got.shape == out.shape and near(got, out),
+             f'what goes into {after} is not what comes out of {before}', cause)
     (last, _, out), (_, got, _) = log[-2:]
     cause = 'the last places are dropped, but the registers are in front' if near(out[:, :n], got[:, :n]) else ''
     must(near(got[:, -n:], out[:, r:]), f'what goes into the head is not what comes out of {last} at the {n} patches',
@@ -358,7 +359,7 @@ def seen_predict(
     gradients = torch.autograd.grad((out * weights).sum(), [*learned, blocks[0].weight], allow_unused=True)
     return [out, given.equal(x), *(torch.zeros(1) if g is None else g for g in gradients)]
 
-# %% ../../nbs/solutions/03_tokens.ipynb #9eaca8e9
+# %% ../../nbs/solutions/03_tokens.ipynb #d3b2de43
 @checks(5, look=seen_predict)
 def check_predict(
     predict,  # the student's function
@@ -392,4 +393,4 @@ def check_predict(
     for name, mine, wanted in zip(learned, found, right):
         must(mine is not None and near(mine, wanted), f'the gradient with respect to {name} is '
              f'{0 if mine is None else mine.abs().sum():.2f} in all, wanted {wanted.abs().sum():.2f}',
-             f'{name} is detached', 2)
+             f'{name} must get one: no detach or .data', 2)
