@@ -37,8 +37,8 @@ def read_lines(
     text = files('scott').joinpath('course', file).read_text(encoding='utf-8')
     return [json.loads(line) for line in text.splitlines()]
 
-# %% ../../nbs/solutions/09_project.ipynb #1590a2b9
-def stored_run() -> dict:  # line, stopped (a step), metrics
+# %% ../../nbs/solutions/09_project.ipynb #baaa62fe
+def stored_run() -> dict:  # line, stopped (a step), metrics, and table: what `scott_probe --json` wrote of it
     "A small run that was stopped and went on."
     return json.loads(files('scott').joinpath('course', 'run_mine.json').read_text(encoding='utf-8'))
 
@@ -249,13 +249,14 @@ def made_tables(
               in enumerate(CASES.values()) for sign in (1, -1)]
     return [tables[i] for i in torch.randperm(len(tables), generator=g).tolist()]
 
-# %% ../../nbs/solutions/09_project.ipynb #67edb591
+# %% ../../nbs/solutions/09_project.ipynb #48d6ad2b
 def real_tables() -> list:
     "Tables of stored runs: several lengths, depths, protocols, data sets."
     names = ('flowers102-small/probe_flowers102', 'flowers102-small/probe_flowers102_block3',
              'flowers102-small/probe_flowers102_paper', 'flowers102-small-train/probe_flowers102',
              'petals-demo-100/probe_petals')
-    return [json.loads(results(f'{name}.json').read_text(encoding='utf-8')) for name in names]
+    stored = [json.loads(results(f'{name}.json').read_text(encoding='utf-8')) for name in names]
+    return [*stored, stored_run()['table']]
 
 # %% ../../nbs/solutions/09_project.ipynb #cb7f4742
 def sides(
