@@ -169,6 +169,12 @@ def test_exercise_has_no_solution_and_a_syllabus_entry(path):
     assert len(re.findall('<details><summary>Hint 1', text)) == len(re.findall('<details><summary>Hint 3', text))
 
 
+def test_the_pages_of_the_book_link_to_their_exercises():
+    assert [e.number for e in SYLLABUS] == list(range(1, 17))
+    for e in SYLLABUS[:14]:
+        assert f'(exercises/{e.notebook}.ipynb)' in (exercises.ROOT/f'nbs/{e.page}.ipynb').read_text(encoding='utf-8'), e
+
+
 @pages
 def test_blank_exercise_runs_to_its_end_in_an_empty_folder(path, place, monkeypatch, tmp_path, figure):
     """As on Colab: the package from a wheel, the notebook alone. Nothing is written, so nothing is kept either."""

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from .syllabus import SYLLABUS, module_of
+from .syllabus import SYLLABUS
 
 # %% ../../nbs/53_progress.ipynb #f71c058f
 def book() -> Path:
@@ -58,17 +58,17 @@ def record(
 
 # %% ../../nbs/53_progress.ipynb #09867d9f
 def progress():
-    "Print sixteen boxes: ■ done, ◧ begun, □ to do, · planned."
+    "Print sixteen boxes: ■ done, ◧ begun, □ to do."
     pages, boxes, lines = read_book(), '', []
     for e in SYLLABUS:
         entries = {name: pages.get(f'{e.number} {name}', {}) for name in e.functions.split()}
         done = [name for name, entry in entries.items() if entry.get('passed') is True]
         tried = [name for name, entry in entries.items() if entry]
-        boxes += '·' if not module_of(e) else '■' if len(done) == len(entries) else '◧' if tried else '□'
+        boxes += '■' if len(done) == len(entries) else '◧' if tried else '□'
         if tried:
             each = ', '.join(f'{"✓" if name in done else "✗"} {name} ({entries[name].get("tries")})' for name in tried)
             lines.append(f'{e.number:2} {e.title}: {each}')
-    print(boxes, f' {boxes.count("■")} of {len(boxes)} exercises done, {boxes.count("·")} are planned')
+    print(boxes, f' {boxes.count("■")} of {len(boxes)} exercises done')
     if lines: print('\n'.join(lines), '\n(in brackets: tries)')
 
 # %% ../../nbs/53_progress.ipynb #5037eb8f

@@ -68,11 +68,11 @@ def state_line(
     return signed(f"{settings} on {run.stored['machine']['device']}, step {run.step} of {total}, "
                   f'earlier checkpoints {earlier}, {len(looks)} k-NN looks{last}')
 
-# %% ../../nbs/solutions/09_project.ipynb #c6ec45ab
+# %% ../../nbs/solutions/09_project.ipynb #5750e3b6
 def signs(
     lines: list,  # of metrics
 ) -> tuple:  # the word for a run, the curves that betray it, the step of the first alarm
-    "What the rules of page 31 find in a run; the loss is no evidence."
+    "What the rules of `verdict` find in a run, line after line; the loss is no evidence."
     alarm = first_alarm(lines)
     if not alarm: return 'healthy', (), None
     line = next({'unexplained': unexplained(m), **m} for m in lines if m['step'] == alarm.step)
@@ -157,12 +157,13 @@ def run_fault(
     if line != signed(line[:-11]): return 'the line was changed', 'its checksum is another one: copy it once more'
     return None
 
-# %% ../../nbs/solutions/09_project.ipynb #fc253e02
+# %% ../../nbs/solutions/09_project.ipynb #24897905
 def seen_answers(
     answers,  # the student's function
 ):
     "Numbers in which the known mistakes of `answers` differ."
     given = answers()
+    if not isinstance(given, dict): return []
     return [crc32(repr(part).encode()) / 2 ** 32 for name in (*FILES, 'mine') for part in given[name]]
 
 # %% ../../nbs/solutions/09_project.ipynb #4fd2aaba
