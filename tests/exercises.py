@@ -9,6 +9,7 @@ import importlib
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -95,7 +96,10 @@ def exercise(path):
     checks = ', '.join(sorted(f'check_{name}' for name in functions(page)))
     lines = [line for line in imports['source'].splitlines() if line != 'from scott.course.engine import mistakes']
     before = next((i for i, line in enumerate(lines) if line.startswith('from scott.')), len(lines))
-    lines[before:before] = ['from scott.course.progress import hello, progress', f'from scott.{module(page)} import {checks}']
+    line = f'from scott.{module(page)} import {checks}'
+    if len(line) > 110:
+        line = textwrap.fill(line.replace('import ', 'import (') + ')', 110, subsequent_indent=' ' * (line.index('import') + 8))
+    lines[before:before] = ['from scott.course.progress import hello, progress', line]
     imports['source'] = '\n'.join(lines)
     cells.insert(cells.index(imports) + 1, cell('code', 'hello()'))
     end = f'The [solutions](../solutions/{path.name}) show other right answers, and how each known mistake looks. What you have done so far:'
