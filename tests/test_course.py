@@ -111,7 +111,7 @@ def other_things(right):
         return g
     return dict(
         none=lambda *a: None, no_arguments=lambda: None, list=tensor(lambda x: [x.tolist()]), numpy=tensor(lambda x: x.detach().numpy()),
-        meta=tensor(lambda x: x.to('meta')), double=tensor(lambda x: x.double()), flat=tensor(lambda x: x.flatten()), half=tensor(lambda x: x.half()),
+        meta=tensor(lambda x: x.to('meta')), double=tensor(lambda x: x.double()), flat=tensor(lambda x: x.reshape(1, -1)), half=tensor(lambda x: x.half()),
         complex=tensor(lambda x: x.to(torch.complex64)), empty=lambda *a: torch.zeros(0), sparse=tensor(lambda x: x.float().to_sparse()),
         huge=lambda *a: torch.zeros(1).expand(10**6, 10**6), text=lambda *a: 'text', nan=tensor(lambda x: x.float() * float('nan')),
         exit=lambda *a: sys.exit(), endless=endless, noisy=noisy, recursive=recursive, change=change, number=5)

@@ -256,7 +256,7 @@ def stored_runs(
     return [(word, alarm, [{key: value for key, value in zip(columns, line) if value is not None}
                            for line in zip(*columns.values())]) for word, alarm, columns in runs]
 
-# %% ../../nbs/solutions/07_judging.ipynb #8f6678bd
+# %% ../../nbs/solutions/07_judging.ipynb #ced71d81
 CHANGED = (  # in a healthy run: values, in which lines, the word then, the likely cause
     (dict(distance=0.), (0,), 'healthy', 'a single line decides: two in a row'),
     (dict(distance=0.), (4, 9), 'healthy', 'lines count that are not in a row'),
@@ -273,7 +273,8 @@ CHANGED = (  # in a healthy run: values, in which lines, the word then, the like
     (dict(rankme=1.4), range(3, 8), 'collapsed', 'the warm-up ends with the first line whose lr does not rise'),
     (dict(rankme=1.4), range(2, 7), 'healthy', 'low ranks within the warm-up count'),
     (dict(rankme=1.4), range(8, 12), 'healthy', 'fewer lines than five in a row'),
-    (dict(rankme=2.6), range(4, 14), 'healthy', 'the limit of RankMe is too high'),
+    (dict(rankme=3.8), range(4, 14), 'healthy', 'the limit of RankMe is too high'),
+    (dict(rankme=2.5), range(8, 13), 'collapsed', 'the limit of RankMe is too low'),
     (dict(loss=.06, feature_std=.7), range(7, 10), 'trivial', 'three lines with a low unexplained share'),
     (dict(loss=.06, feature_std=.7), (7, 8), 'healthy', 'fewer lines than three in a row'),
     (dict(loss=.01, feature_std=.15), range(4, 14), 'healthy', 'a loss is small if features are small: take the share'),
@@ -320,7 +321,7 @@ def runs_named(
     must(len(wrong) <= 1, f'{len(wrong)} of the runs are named wrongly or too late, e.g. {", ".join(wrong[:3])}',
          'a sick run may look well at its end: the first complete sign decides', 1)
 
-# %% ../../nbs/solutions/07_judging.ipynb #107d07b9
+# %% ../../nbs/solutions/07_judging.ipynb #e578e7ab
 @checks(12, look=seen_diagnose)
 def check_diagnose(
     diagnose,  # the student's function
@@ -331,7 +332,7 @@ def check_diagnose(
     base = stored_runs('held')[0][2]
     for values, where, word, cause in CHANGED:
         found = diagnose(changed(base, values, where))
-        must(found == word, f'a healthy run with {str(values)[1:-1]} in {len(where)} of its 15 lines (first {where[0]}) '
+        must(found == word, f'a healthy run with {str(values)[1:-1]} in {len(where)} of 15 lines (first {where[0]}) '
              f'is called {found}, wanted {word}', cause, 2)
 
 # %% ../../nbs/solutions/07_judging.ipynb #f7bb14b8
