@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['normalized_over', 'seen_targets', 'check_targets', 'by_image', 'guesses', 'seen_hidden_loss', 'known_costs',
-           'check_hidden_loss', 'landscape', 'seen_unexplained', 'check_unexplained', 'Toy', 'Networks', 'networks',
-           'flat', 'drawn', 'plain_step', 'wrong_losses', 'nearest_cause', 'touched', 'moved', 'seen_step',
+           'check_hidden_loss', 'landscape', 'seen_unexplained', 'share', 'check_unexplained', 'Toy', 'Networks',
+           'networks', 'flat', 'drawn', 'plain_step', 'wrong_losses', 'nearest_cause', 'touched', 'moved', 'seen_step',
            'check_step']
 
 # %% ../../nbs/solutions/05_jepa.ipynb #8a9dbf71
@@ -185,6 +185,16 @@ def seen_unexplained(
     middle = target.mean(0).expand_as(target) + .1 * torch.randn(target.shape, generator=seeded(2))
     return [min(unexplained(pred, target, keep), 100.) for pred in (noisy, middle, .5 * noisy + .5 * middle)]
 
+# %% ../../nbs/solutions/05_jepa.ipynb #24adbd60
+def share(
+    pred,  # (B, N, D)
+    target,  # (B, N, D)
+    keep,  # (B, N) bool
+):
+    "The unexplained share in 64 bits."
+    z, hidden = target.double(), ~keep[..., None]
+    return ((((pred - z) * hidden) ** 2).sum() / (((z.mean(0) - z) * hidden) ** 2).sum()).item()
+
 # %% ../../nbs/solutions/05_jepa.ipynb #24adbd61
 @checks(7, look=seen_unexplained)
 def check_unexplained(
@@ -211,16 +221,12 @@ def check_unexplained(
         must(abs(found - .25) < 1e-4, f"predictions half way from each place's mean to the target get {found:.4g}, "
              'wanted 0.25', 'roots are divided' if abs(found - .5) < .01 else 'errors are not squared', 2)
         pred = target + torch.randn(target.shape, generator=g)
-        z, h = target.double(), ~keep[..., None]
-        wanted = (((pred - z) * h) ** 2).sum().item() / (((z.mean(0) - z) * h) ** 2).sum().item()
-        found = unexplained(pred, target, keep)
+        wanted, found = share(pred, target, keep), unexplained(pred, target, keep)
         must(abs(found / wanted - 1) < 1e-4, f'random predictions get {found:.5g}, wanted {wanted:.5g}',
              'a mean of shares: sum over all hidden tokens first, divide once', 1)
     for name in ('float16', 'bfloat16'):
         p, t = ((100 * x).to(getattr(torch, name)) for x in (pred, target))
-        z = t.double()
-        wanted = (((p - z) * h) ** 2).sum().item() / (((z.mean(0) - z) * h) ** 2).sum().item()
-        found = unexplained(p, t, keep)
+        wanted, found = share(p, t, keep), unexplained(p, t, keep)
         must(abs(found / wanted - 1) < 1e-4, f'{name} inputs get {found:.5g}, wanted {wanted:.5g}',
              'it is computed in 16 bits: convert first', 3)
 
@@ -256,7 +262,7 @@ class Networks(NamedTuple):
     predictor: nn.Module
     opt: torch.optim.Optimizer
 
-
+# %% ../../nbs/solutions/05_jepa.ipynb #d93ed971
 def networks(
     seed,  # of the weights
 ):
@@ -266,7 +272,7 @@ def networks(
     trained = [*context.parameters(), *predictor.parameters()]
     return Networks(context, target, predictor, torch.optim.SGD(trained, lr=.2, momentum=.5))
 
-
+# %% ../../nbs/solutions/05_jepa.ipynb #d93ed972
 def flat(
     network: nn.Module,
 ):
@@ -281,7 +287,7 @@ def drawn(
     g = seeded(seed + 100)
     return torch.randn(2, 3, 5, 4, generator=g).unbind(0), guesses(g, 3, 5, 1)[2]
 
-
+# %% ../../nbs/solutions/05_jepa.ipynb #d93ed980
 def plain_step(
     nets: Networks,
     views,  # (context view, target view)
@@ -327,7 +333,7 @@ def nearest_cause(
     "The mistake after which the network would be what was found."
     return next((cause for cause, row in causes.items() if (found - row).abs().max() < 1e-5), otherwise)
 
-
+# %% ../../nbs/solutions/05_jepa.ipynb #a02e09db
 def touched(
     nets: Networks,  # after the step
 ):
