@@ -66,6 +66,7 @@ def alone(place):
         folder = (place/path).with_suffix('')
         folder.mkdir(parents=True)
         (folder/Path(path).name).write_bytes(page)
+        if (ROOT/path).with_name('.notest').exists(): (folder/'.notest').touch()  # of nbdev_test: not to be run
 
 
 def pages():

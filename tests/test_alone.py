@@ -8,7 +8,7 @@ import check
 
 
 def test_every_page_is_in_a_folder_of_its_own(place):
-    pages = {p.relative_to(place/'nbs').as_posix() for p in (place/'nbs').rglob('*') if p.is_file()}
+    pages = {p.relative_to(place/'nbs').as_posix() for p in (place/'nbs').rglob('*.ipynb')}
     names = [path.removeprefix('nbs/').removesuffix('.ipynb') for path in check.files('nbs', '.ipynb')]
     assert pages == {f'{name}/{name.split("/")[-1]}.ipynb' for name in names} and len(pages) > 30
 

@@ -25,6 +25,7 @@ from scott.course.syllabus import SYLLABUS
 
 PAGES = sorted(exercises.SOLUTIONS.glob('*.ipynb'))
 CASES = [(path, name) for path in PAGES for name in exercises.functions(exercises.read(path))]
+pytestmark = pytest.mark.usefixtures('one_thread')
 pages = pytest.mark.parametrize('path', PAGES, ids=lambda p: p.stem)
 cases = pytest.mark.parametrize('path, name', CASES, ids=[f'{p.stem}-{n}' for p, n in CASES])
 
@@ -76,7 +77,7 @@ def test_wrong_answers_are_rejected_and_named(path, name, monkeypatch):
 @cases
 def test_changes_of_the_solution_are_rejected(path, name, monkeypatch, figure):
     case, survivors, total = Case(path, name), [], 0
-    monkeypatch.setattr(engine, 'LIMIT', 1)
+    monkeypatch.setattr(engine, 'LIMIT', 4)
     for change, source in mutants.of(case.source):
         total += 1
         torch.manual_seed(0)
@@ -125,6 +126,7 @@ def test_whatever_a_student_returns_is_an_outcome(path, name, monkeypatch, capsy
         outcome = case.check(f)
         assert isinstance(outcome, engine.Outcome) and outcome.state in {'wrong', 'error'}, kind
         assert 'Traceback' not in capsys.readouterr().out and len(str(outcome)) < 1500
+    monkeypatch.undo()
     torch.set_default_dtype(torch.float64)
     try:
         assert case.judge(case.solution)
@@ -198,6 +200,6 @@ def test_blank_exercise_runs_to_its_end_in_an_empty_folder(path, place, monkeypa
 
 def test_figures_of_a_class_are_those_of_the_pages():
     """Run make exercises after a page was run anew."""
-    kept = {path.name: path.read_bytes() for path in figures.FOLDER.iterdir()}
+    kept = {path.name: path.read_bytes() for path in figures.FOLDER.glob('*.png')}
     assert kept == figures.pictures()
     assert (exercises.ROOT/'nbs/54_figures.ipynb').read_text(encoding='utf-8') == exercises.written(figures.page())

@@ -71,11 +71,12 @@ def shaped(
     what: str = 'the result',
 ):
     "A property: a tensor on the CPU of this shape and type."
-    must(isinstance(out, torch.Tensor), f'{what} is of type {type(out).__name__}, wanted a tensor', '', 2)
-    must(tuple(out.shape) == tuple(shape), f'{what} has the shape {tuple(out.shape)}, wanted {tuple(shape)}', '', 2)
-    must(out.dtype == dtype, f'{what} is of type {out.dtype}, wanted {dtype}', '', 2)
-    must(out.device.type == 'cpu', f'{what} is on the device {out.device}, its inputs are on the CPU', '', 2)
-    must(out.layout == torch.strided, f'{what} is a sparse tensor, wanted an ordinary one', '', 2)
+    must(isinstance(out, torch.Tensor), f'{what}: type {type(out).__name__}, wanted a tensor', '', 2)
+    must(tuple(out.shape) == tuple(shape), f'{what}: shape {tuple(out.shape)}, wanted {tuple(shape)}', '', 2)
+    must(out.dtype == dtype, f'{what}: type {out.dtype}, wanted {dtype}',
+         f'convert it: .to({dtype})', 2)
+    must(out.device.type == 'cpu', f'{what}: on the device {out.device}, but its inputs are on the CPU', '', 2)
+    must(out.layout == torch.strided, f'{what}: a sparse tensor, wanted an ordinary one', '', 2)
 
 # %% ../../nbs/52_engine.ipynb #e9a744a6
 def seeded(
@@ -166,7 +167,7 @@ def limited(
 
     def stop(number, frame): raise TimeUp
     before = signal.signal(signal.SIGPROF, stop)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds, .1)  # again and again: a bare except may catch the first
     try: yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
@@ -186,14 +187,17 @@ class Few(io.StringIO):
 def usual():
     "PyTorch's usual settings, whatever the student's are."
     dtype, device, grad = torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled()
+    precision = torch.get_float32_matmul_precision()
     torch.set_default_dtype(torch.float32)
     torch.set_default_device(None)
     torch.set_grad_enabled(True)
+    torch.set_float32_matmul_precision('highest')
     try: yield
     finally:
         torch.set_default_dtype(dtype)
         if device.type != 'cpu': torch.set_default_device(device)
         torch.set_grad_enabled(grad)
+        torch.set_float32_matmul_precision(precision)
 
 # %% ../../nbs/52_engine.ipynb #e1540ffe
 LIMIT = 20  # seconds of processor time that a check may take

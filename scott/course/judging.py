@@ -230,8 +230,9 @@ def matrices(
 def seen_rank(
     rank,  # the student's function
 ):
-    "Ranks; -1 for nan."
-    return [r if (r := float(rank(x))) == r else -1. for _, x, *_ in matrices(0)]
+    "Ranks; -1 for nan. Of equal rows, whether it is 1: how far it is off by rounding depends on the processor."
+    ranks = [r if (r := float(rank(x))) == r else -1. for _, x, *_ in matrices(0)]
+    return [float(abs(r - 1) < .01) if i == 3 and r >= 0 else r for i, r in enumerate(ranks)]
 
 # %% ../../nbs/solutions/07_judging.ipynb #54321059
 @checks(12, look=seen_rank, within=.02)
@@ -279,6 +280,7 @@ CHANGED = (  # in a healthy run: values, in which lines, the word then, the like
     (dict(loss=.06, feature_std=.7), (7, 8), 'healthy', 'fewer lines than three in a row'),
     (dict(loss=.01, feature_std=.15), range(4, 14), 'healthy', 'a loss is small if features are small: take the share'),
     (dict(loss=.06, feature_std=.7, rankme=1.4), range(5, 11), 'trivial', 'the sign that is complete first decides'),
+    (dict(loss=.06, feature_std=.7, distance=0.), range(5, 11), 'copied', 'the sign that is complete first decides'),
     (dict(knn=0., knn_random=9.), range(15), 'healthy', 'a k-NN of 80 images is noise'),
     (dict(distance=None, rankme=None, loss=None), range(15), 'healthy', 'keys may be missing'),
     (dict(grad_encoder=None, grad_tokenizer=None, grad_predictor=None), range(2, 9), 'healthy', 'keys may be missing'))
@@ -332,7 +334,7 @@ def check_diagnose(
     base = stored_runs('held')[0][2]
     for values, where, word, cause in CHANGED:
         found = diagnose(changed(base, values, where))
-        must(found == word, f'a healthy run with {str(values)[1:-1]} in {len(where)} of 15 lines (first {where[0]}) '
+        must(found == word, f'a run, healthy until {str(values)[1:-1]} was put in {len(where)} of 15 lines (first {where[0]}), '
              f'is called {found}, wanted {word}', cause, 2)
 
 # %% ../../nbs/solutions/07_judging.ipynb #f7bb14b8

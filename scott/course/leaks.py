@@ -248,6 +248,8 @@ def check_leak(
         found = leak(toy, images, keep)
         must(isinstance(found, float), f'it returns {type(found).__name__}, wanted a float',
              'use .item()', 3)
+        must(found >= 0, f'a network of the kind {kind} gets {found:.3g}, wanted 0 or more',
+             'the sign is kept: take the absolute value')
         clean = kind in ('masked', 'unmasked', 'dropout')
         must(found == 0 if clean else found > 0,
              f'a {"clean" if clean else "leaky"} network gets {found:.3g}, wanted '

@@ -373,9 +373,10 @@ def claimed(
     "The claim about a table, its form checked."
     given = copy.deepcopy(table)
     out = claim(given)
-    must(isinstance(out, tuple) and len(out) == 2,
+    must(isinstance(out, tuple | list) and len(out) == 2,
          f'it returned a {type(out).__name__}, wanted (sentence, better)', '', 3)
     sentence, better = out
+    if type(better).__name__ == 'bool_': better = bool(better)  # of NumPy
     for name, part, kind in (('sentence', sentence, str), ('better', better, bool)):
         must(isinstance(part, kind), f'{name} is a {type(part).__name__}, wanted a {kind.__name__}', '', 3)
     must(given == table, 'it changed the table', 'compute something new instead')

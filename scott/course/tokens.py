@@ -10,6 +10,7 @@ __all__ = ['EARLY', 'FIELDS', 'BY_HAND', 'STACK', 'GRIDS', 'SIZES', 'drawn', 'tr
 
 # %% ../../nbs/solutions/03_tokens.ipynb #e356e75c
 from itertools import pairwise
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,7 @@ def three_numbers(
     given = list(layers)
     out = receptive_field(given)
     must(given == layers, f'it changed its input: {layers} became {given}', 'leave the list as it is')
-    must(isinstance(out, (tuple, list)) and len(out) == 3 and all(isinstance(v, int) for v in out),
+    must(isinstance(out, (tuple, list)) and len(out) == 3 and all(isinstance(v, Integral) for v in out),
          f'for {layers} it returns {brief(out)}, wanted three whole numbers',
          'return size, first, jump', 2)
     return tuple(out)
@@ -131,7 +132,7 @@ def places(
     given = list(layers)
     out = grid_of(size, given)
     must(given == layers, f'it changed its input: {layers} became {given}', 'leave the list as it is')
-    must(isinstance(out, int), f'for {size} pixels and the layers {layers} it returns {brief(out)}, '
+    must(isinstance(out, Integral), f'for {size} pixels and the layers {layers} it returns {brief(out)}, '
          'wanted a whole number', 'round down: // instead of /', 2)
     return out
 

@@ -99,7 +99,7 @@ def seen_pixel_targets(
     "Targets, the last one of a flat patch."
     patches, keep = scenery(0)
     patches[3, 9], keep[3, 9] = .5, False
-    return [pixel_targets(patches, keep).nan_to_num(-9., -9., -9.)]
+    return [pixel_targets(patches, keep).nan_to_num(-9., -9., -9.).clamp(-9, 9) / 100]
 
 # %% ../../nbs/solutions/08_transfer.ipynb #67dc7bcb
 def hidden_ones(
