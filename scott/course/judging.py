@@ -334,7 +334,7 @@ def check_diagnose(
     base = stored_runs('held')[0][2]
     for values, where, word, cause in CHANGED:
         found = diagnose(changed(base, values, where))
-        must(found == word, f'a healthy run, with {str(values)[1:-1]} put in {len(where)} of 15 lines (first {where[0]}), '
+        must(found == word, f'a healthy run with {str(values)[1:-1]} put in {len(where)} lines (first {where[0]}) '
              f'is called {found}, wanted {word}', cause, 2)
 
 # %% ../../nbs/solutions/07_judging.ipynb #f7bb14b8
