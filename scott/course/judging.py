@@ -269,7 +269,7 @@ CHANGED = (  # in a healthy run: values, in which lines, the word then, the like
     (dict(grad_predictor=0.), (0, 1), 'untrained', 'two lines with a gradient of 0'),
     (dict(grad_encoder=0.), (8, 9), 'untrained', 'two lines with a gradient of 0'),
     (dict(grad_encoder=0.), (8,), 'healthy', 'a single line decides: two in a row'),
-    (dict(grad_encoder=1e-4, grad_tokenizer=1e-4, grad_predictor=1e-3), range(9, 15), 'healthy',
+    (dict(grad_encoder=1e-8, grad_tokenizer=1e-8, grad_predictor=1e-7), range(9, 15), 'healthy',
      'small gradients are no sign, if all are small: compare the smallest with the largest'),
     (dict(rankme=1.4), range(3, 8), 'collapsed', 'the warm-up ends with the first line whose lr does not rise'),
     (dict(rankme=1.4), range(2, 7), 'healthy', 'low ranks within the warm-up count'),

@@ -149,14 +149,17 @@ def check_blocks(
     masks = {kind: torch.stack([blocks(*how, g) for _ in range(120)]) for kind, how in kinds.items()}
     must(len(masks['large'].unique(dim=0)) == 120,
          'masks are repeated, though the generator has moved on', 'the function seeds a generator', 3)
-    for kind, (grid, *_) in kinds.items():
+    for kind, (grid, visible, _) in kinds.items():
+        off = (masks[kind].sum((1, 2)) != visible).sum().item()
+        must(off == 0, f'{off} of 120 masks of {grid[0]} x {grid[1]} do not have {visible} visible patches',
+             'the last block adds more than is left')
         for side, found in (('row', masks[kind].any(0).any(1)), ('column', masks[kind].any(0).any(0))):
             must(found.all(), f'{side} {found.int().argmin()} (from 0) of a grid of {grid[0]} x {grid[1]} is '
                  'never visible in 120 masks', 'there are grid[0] - h + 1 places, and grid[1] - w + 1', 2)
     for kind, row, what, mean, deviation, cause in WANTED:
         found, limit = statistics(masks[kind])[row].mean().item(), 6 * deviation / 120 ** .5
         must(abs(found - mean) < limit,
-             f'{what} {found:.2f} on average, wanted {mean:.2f} ± {limit:.2f}', cause, 2)
+             f'{what} {found:.3f} on average, wanted {mean:.3f} ± {limit:.3f}', cause, 2)
     squares = sum((statistics(blocks((3, 3), 4, 4, g)[None])[0] == .5).item() for _ in range(24))
     must(squares == 24, f'in a grid of 3 x 3 a block of 4 is 2 x 2, and {24 - squares} of 24 masks are none',
          'a block goes over the border and is cut off: there are grid[0] - h + 1 places, and grid[1] - w + 1', 2)
