@@ -64,7 +64,7 @@ def names(page):
 
 def blank(match):
     lines = [line for line in match[2].splitlines() if line.strip()]
-    return f'{match[1]}raise NotImplementedError  # {len(lines)} lines, in place of this one'
+    return f'{match[1]}raise NotImplementedError  # {len(lines)} line{"s" * (len(lines) > 1)}, in place of this one'
 
 
 def cell(kind, source):

@@ -33,6 +33,10 @@ def test_version():
     assert importlib.import_module('scott').__version__ == cfg['version']
 
 
+def test_checks_link_to_the_site():
+    assert importlib.import_module('scott.course.syllabus').SITE == cfg['doc_host'] + cfg['doc_baseurl']
+
+
 def test_editable_install(tmp_path):
     """A clone is called scott too. Installed with -e, it must not hide the package from the folder above it."""
     copy = tmp_path/'scott'

@@ -11,7 +11,7 @@ __all__ = ['MIXED_UP', 'heads', 'weights_of', 'gradients', 'seen_attention', 'me
 import torch
 import torch.nn.functional as F
 
-from .engine import checks, must, seeded, shaped
+from .engine import checks, keeps_type, must, seeded, shaped
 from ..kernels import attend
 
 # %% ../../nbs/solutions/04_block.ipynb #fffd8542
@@ -125,10 +125,7 @@ def check_attention(
     share = attention(1000 * q, k, v).isfinite().float().mean().item()
     must(share == 1, f'scores in the thousands: {share:.0%} of the means are finite, wanted all',
          'exp overflows: softmax subtracts the largest score of each row first', 3)
-    for dtype in (torch.float64, torch.bfloat16):
-        out = attention(*(x.to(dtype) for x in (q, k, v)))
-        must(out.dtype == dtype, f'inputs of type {dtype} give {out.dtype}',
-             'something has a type of its own', 2)
+    keeps_type(attention, q, k, v)
 
 # %% ../../nbs/solutions/04_block.ipynb #86b15537
 MIXED_UP = {  # what a unit puts out for gate z and content c, and the likely cause
@@ -212,10 +209,7 @@ def check_swiglu(
             gap = (mine - like).abs().max().item()
             must(gap < 1e-4, f'the gradient of {name} is off by {gap:.2g} (B, T, D, W = {shape})',
                  'detach, no_grad or .data: gradients must flow through gate and content', 3)
-    for dtype in (torch.float64, torch.bfloat16):
-        out = swiglu(*(y.detach().to(dtype) for y in inputs))
-        must(out.dtype == dtype, f'inputs of type {dtype} give {out.dtype}',
-             'something has a type of its own', 2)
+    keeps_type(swiglu, *(y.detach() for y in inputs))
 
 # %% ../../nbs/solutions/04_block.ipynb #563dd997
 def normed(
@@ -373,7 +367,4 @@ def check_block(
         gap = ((mine - like).abs().max() / like.abs().max()).item()
         must(gap < 1e-3, f'the gradient of {name} is off by {gap:.0%} of its size',
              'detach or no_grad: gradients must flow through the norms too')
-    for dtype in (torch.float64, torch.bfloat16):
-        out = block(x.detach().to(dtype), mixing, single)
-        must(out.dtype == dtype, f'tokens of type {dtype} become {out.dtype}',
-             'something has a type of its own', 2)
+    keeps_type(lambda x: block(x, mixing, single), x.detach())

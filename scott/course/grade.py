@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,10 +160,12 @@ def grade(
             env={**os.environ, 'PYTHONPATH': search, 'MPLBACKEND': 'agg', 'SCOTT_COURSE': folder})
         try: process.communicate(json.dumps(task._asdict()).encode(), timeout=seconds)
         except subprocess.TimeoutExpired:
-            if hasattr(os, 'killpg'): os.killpg(process.pid, signal.SIGKILL)
+            return [Row(str(path), '', '', 'refused', f'was stopped after {seconds:g} seconds')]
+        finally:  # what the notebook started goes with it
+            if hasattr(os, 'killpg'):
+                with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
             process.kill()
-            process.communicate()
-            return [Row(str(path), '', '', 'refused', f'was stopped after {seconds} seconds')]
+            process.wait()
         try: rows = json.loads(result.read_text(encoding='utf-8'))
         except (OSError, ValueError, RecursionError): rows = None
     if not trusted(rows, task): return [Row(str(path), '', '', 'refused', 'ended its process before the end')]
@@ -194,15 +196,19 @@ def main(
     parser.add_argument('--seconds', type=float, default=120, help='that a notebook may take (default: 120)')
     given = parser.parse_args(argv)
 
+    if not given.seconds > 0: parser.error(f'--seconds is {given.seconds:g}, but must be above 0')
+
     def command():
-        rows = []
-        for path in given.notebooks:
-            new = grade(Path(path), given.seconds)
-            print(table(new), flush=True)
-            rows += new
-        try:
-            with open(given.csv, 'w', newline='', encoding='utf-8', errors='backslashreplace') as file:
-                csv.writer(file).writerows([Row._fields, *rows])
+        try: file = open(given.csv, 'w', newline='', encoding='utf-8', errors='backslashreplace')
         except OSError as e: raise InputError(f'--csv {given.csv}: {e.strerror}') from None
-        return int(any(row.state == 'refused' for row in rows))
+        refused = False
+        with file:  # row by row: an interrupted command keeps what is graded
+            csv.writer(file).writerow(Row._fields)
+            for path in given.notebooks:
+                rows = grade(Path(path), given.seconds)
+                print(table(rows), flush=True)
+                csv.writer(file).writerows(rows)
+                file.flush()
+                refused |= any(row.state == 'refused' for row in rows)
+        return int(refused)
     sys.exit(run_cli(command, parser.prog))

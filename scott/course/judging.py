@@ -214,7 +214,7 @@ def check_honest(
 def matrices(
     seed,  # of the noise
 ):
-    "What it is, a matrix, its effective rank, how far one may be off, and the likely cause."
+    "What it is, a matrix, its effective rank, and the likely cause."
     noise = torch.randn(2000, 32, generator=seeded(seed))
     five, two = F.pad(torch.eye(5), (0, 3)), torch.linalg.qr(noise[:40]).Q[:, :2] * torch.tensor([3., 1.])
     return (('five equal directions of eight', torch.cat([five, -five]), 5, 'shares add up to 1, and the exp of their '

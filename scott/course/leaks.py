@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .engine import checks, must, seeded, shaped
+from .engine import checks, keeps_type, must, seeded, shaped
 from ..masking import uniform
 from ..tokenizer import MaxBlurPool2d
 
@@ -58,9 +58,7 @@ def check_apply_mask(
              2)
         must(lost == 0, f'{lost:.0%} of the visible positions are 0',
              'the enlarged mask lies elsewhere', 2)
-    half = apply_mask(x.bfloat16(), mask)
-    must(half.dtype == torch.bfloat16, f'a map of type bfloat16 becomes {half.dtype}',
-         'the mask has another type than the map', 2)
+    keeps_type(apply_mask, x, mask)
 
 # %% ../../nbs/solutions/02_leaks.ipynb #49e61651
 def scene(
@@ -111,11 +109,7 @@ def check_sparse_conv(
         gap = (y - dense)[visible].abs().max().item()
         must(gap < 1e-4, f'visible outputs are off by {gap:.3g}',
              'the sum over the visible pixels is scaled: nothing is divided', 2)
-    for name in ('float64', 'bfloat16'):
-        dtype = getattr(torch, name)
-        y = sparse_conv(x.to(dtype), weight.to(dtype), bias.to(dtype), mask, 2, 1)
-        must(y.dtype == dtype, f'for {name} it is of type {y.dtype}',
-             'the mask has another type than the map')
+    keeps_type(lambda *numbers: sparse_conv(*numbers, mask, 2, 1), x, weight, bias)
 
 # %% ../../nbs/solutions/02_leaks.ipynb #d0e66257
 def views(

@@ -47,12 +47,14 @@ def record(
     old = pages.get(f'{number} {function}', {})
     try: source = getsource(f)
     except Exception: source = None  # typed elsewhere, or changed since
-    new = dict(passed=passed or old.get('passed') is True, version=__version__,
-               tries=(old['tries'] if isinstance(old.get('tries'), int) else 0) + 1, source=source)
+    tries = (old['tries'] if isinstance(old.get('tries'), int) else 0) + 1
+    new = dict(passed=passed, version=__version__, source=source)
+    if old.get('passed') is True and not passed: new = old  # with the answer that passed
     try:
         book().parent.mkdir(parents=True, exist_ok=True)
         part = book().with_suffix(f'.{os.getpid()}')
-        part.write_text(json.dumps({**pages, f'{number} {function}': new}, indent=1), encoding='utf-8')
+        pages[f'{number} {function}'] = {**new, 'tries': tries}
+        part.write_text(json.dumps(pages, indent=1), encoding='utf-8')
         part.replace(book())
     except OSError as e: print(f'  (progress could not be kept: {e.strerror})')
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FILES', 'WORDS', 'CASES', 'read_lines', 'stored_run', 'stored_tables', 'signed', 'state_line', 'signs', 'word_fault',
            'file_fault', 'read_state', 'run_fault', 'seen_answers', 'check_answers', 'made_row', 'made_table',
-           'made_tables', 'real_tables', 'sides', 'judged_claim', 'said', 'instead', 'numbers_hold', 'facts_hold',
-           'verdict_holds', 'claimed', 'weak_tables_hold', 'seen_claim', 'check_claim']
+           'made_tables', 'real_tables', 'sides', 'judged_claim', 'places_of', 'said', 'instead', 'numbers_hold',
+           'facts_hold', 'verdict_holds', 'claimed', 'weak_tables_hold', 'seen_claim', 'check_claim']
 
 # %% ../../nbs/solutions/09_project.ipynb #0fa69b06
 import copy
@@ -279,14 +279,22 @@ def judged_claim(
     word = 'no difference' if abs(gap) <= 2 * pooled or not apart else 'better' if gap > 0 else 'worse'
     return word, gap, 2 * pooled, apart
 
+# %% ../../nbs/solutions/09_project.ipynb #9c1a0001
+def places_of(
+    sentence: str,
+    number: float,
+) -> list:  # of indices among the sentence's numbers
+    "Where a number stands in a sentence, with one decimal or more."
+    found = [float(n.replace(',', '')) for n in re.findall(r'\d(?:[\d,]*\d)?(?:\.\d+)?', sentence)]
+    return [i for i, n in enumerate(found) if abs(n - number) < .0501]
+
 # %% ../../nbs/solutions/09_project.ipynb #6d538413
 def said(
     sentence: str,
     number: float,
 ) -> bool:
     "Whether a number stands in a sentence, with one decimal or more."
-    found = [float(n.replace(',', '')) for n in re.findall(r'\d(?:[\d,]*\d)?(?:\.\d+)?', sentence)]
-    return any(abs(n - number) < .0501 for n in found)
+    return bool(places_of(sentence, number))
 
 # %% ../../nbs/solutions/09_project.ipynb #b208174c
 def instead(
@@ -318,6 +326,9 @@ def numbers_hold(
     for encoder, row in zip(('context', 'random initialization'), sides(table)):
         must(said(sentence, row['top1']), f"the mean of {encoder} is not in the sentence, {row['top1']:.1f}",
              instead(sentence, table, encoder), 2)
+    first, second = (places_of(sentence, row['top1'])[0] for row in sides(table))
+    must(first <= second, 'the mean of random initialization stands first',
+         'the numbers of the two encoders are swapped')
     for encoder, row in zip(('context', 'random initialization'), sides(table)):
         must(all(said(sentence, end) for end in row['top1_interval']),
              f'the interval of {encoder} is not in the sentence', 'both ends, with one decimal', 2)
@@ -416,6 +427,8 @@ def seen_claim(
         has = [said(sentence, n) for n in (*numbers, *ends, table['step'], table['img_size'])]
         words = ('px', 'probe seeds', 'one training run', 'transductive', 'inductive', 'transfer', 'protocol', 'block',
                  'better', 'worse', 'no difference')
+        means = [places_of(sentence, row['top1']) or [0] for row in sides(table)]
+        has.append(means[0][0] <= means[1][0])
         seen.append(torch.tensor([better, *has, *(word in sentence for word in words)]).double())
     for seeds in (2, 3):
         table = made_table(9.1, (.4, .3), 1, seeded(1), seeds)

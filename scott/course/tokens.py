@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .engine import brief, checks, must, seeded, shaped
+from .engine import brief, checks, keeps_type, must, seeded, shaped
 
 # %% ../../nbs/solutions/03_tokens.ipynb #067dfc15
 EARLY = 'the jump grows before it is used: size and first take the jump of the map that the layer reads'
@@ -255,10 +255,7 @@ def check_embed(
         shaped(out, (b, r + n, d))
         fronted(out, given[-1], 'the result')
         starts_right(out, *given)
-    for name in ('float64', 'bfloat16'):
-        dtype = getattr(torch, name)
-        out = embed(*(x if x.dtype == torch.bool else x.to(dtype) for x in given))
-        must(out.dtype == dtype, f'for {name} the result is of type {out.dtype}', '', 2)
+    keeps_type(embed, *given)
     tokens, keep, mask_token, pos, registers = parts(*SIZES[0], seed)
     learned = [x.requires_grad_() for x in (tokens, mask_token, registers)]
     out = embed(tokens, keep, mask_token, pos, registers)

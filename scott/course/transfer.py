@@ -191,7 +191,7 @@ def two_masks(
     must(gap[i] == 0, f'of the {visible[i]} visible patches of image {i} the first half has {a[i].sum()}, '
          f'wanted {(visible[i] + 1) // 2}', 'of an odd number, one more belongs to the first half'
          if gap.abs().max() == 1 and (gap <= 0).all() and not gap[visible % 2 == 0].any() else
-         'each patch is drawn on its own: rank them instead', 2)
+         'each patch is drawn on its own, or argsort is taken once: a rank is the argsort of an argsort', 2)
     return a, b
 
 # %% ../../nbs/solutions/08_transfer.ipynb #3c71dd62
