@@ -27,8 +27,8 @@ ANEW = 'a line in which a key is missing shows no sign, so the count starts anew
 
 # %% ../../nbs/55_diagnosis.ipynb #425f8869
 CHANGED = (  # in a healthy run: values, in which lines, the word then, the likely cause, the hint that helps
-    (dict(knn=None, knn_random=None), range(15), 'healthy', 'a limit is too strict, or a measure is read that means nothing alone',
-     2),
+    (dict(knn=None, knn_random=None), range(15), 'healthy',
+     'a limit is too strict, or a measure is read that means nothing alone', 2),
     (dict(knn=0., knn_random=9.), range(15), 'healthy', 'a k-NN of 80 images is noise', 2),
     (dict(distance=0.), (6, 7), 'copied', f'two lines with a distance of 0: {STRICT}', 1),
     (dict(distance=2.2), (6, 7), 'runaway', f'two lines with a large distance: {STRICT}', 1),
@@ -48,7 +48,8 @@ CHANGED = (  # in a healthy run: values, in which lines, the word then, the like
     (dict(loss=.06, feature_std=.7), (7, 8), 'healthy', 'fewer lines than three in a row', 1),
     (dict(rankme=1.4), range(8, 12), 'healthy', 'fewer lines than five in a row', 1),
     (dict(distance=0.), (4, 9), 'healthy', 'lines count that are not in a row', 1),
-    (dict(distance=None, rankme=None, loss=None), range(15), 'healthy', 'a line in which a key is missing shows no sign', 2),
+    (dict(distance=None, rankme=None, loss=None), range(15), 'healthy',
+     'a line in which a key is missing shows no sign', 2),
     (dict(grad_encoder=None, grad_tokenizer=None, grad_predictor=None), range(2, 9), 'healthy',
      'a line in which a key is missing shows no sign', 2),
     (dict(distance=(0., None, 0.)), range(6, 9), 'healthy', ANEW, 1),
@@ -62,7 +63,8 @@ CHANGED = (  # in a healthy run: values, in which lines, the word then, the like
      'small gradients are no sign, if all are small: compare the smallest with the largest', 2),
     (dict(rankme=3.8), range(4, 14), 'healthy', 'the limit of RankMe is too high', 2),
     (dict(rankme=2.5), range(8, 13), 'collapsed', 'the limit of RankMe is too low', 2),
-    (dict(loss=.01, feature_std=.15), range(4, 14), 'healthy', 'a loss is small if features are small: take the share', 2),
+    (dict(loss=.01, feature_std=.15), range(4, 14), 'healthy',
+     'a loss is small if features are small: take the share', 2),
     (dict(loss=.06, feature_std=.7, rankme=1.4), range(5, 11), 'trivial', 'the sign that is complete first decides', 1),
     (dict(loss=.06, feature_std=.7, distance=0.), range(5, 11), 'copied', 'the sign that is complete first decides', 1))
 

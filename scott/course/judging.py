@@ -111,12 +111,13 @@ class Spy:
         if x.shape[1] != 12:
             self.blame(f'features have {x.shape[1]} channels, wanted 12', 'classes are among the features')
         if over := len(x) and scaled_over(x):
-            self.blame(f'features come with {over} standardized', 'take mean and deviation of each channel: over axis 0')
+            self.blame(f'features come with {over} standardized', 'take those of each channel: over axis 0')
         return self.number[((x[:, :8] > 0) * 2 ** torch.arange(8)).sum(1)]
 
     def __call__(self, x, y, setting):
         rows, own = self.rows(x), len(self.fits)
-        if not y.equal(self.y[rows]): self.blame('a fit gets classes that do not belong to its features', 'rows are mixed')
+        if not y.equal(self.y[rows]):
+            self.blame('a fit gets classes that do not belong to its features', 'rows are mixed')
         self.fits.append((own, rows, x, setting))
 
         def predict(z):
@@ -230,8 +231,8 @@ def check_honest(
         must(abs(spy.out[1] - right) < 1e-4, f'the accuracy is {spy.out[1]:.4g}, wanted {right:.4g} percent',
              'it is that of the held-out images, which chose the setting' if abs(spy.out[1] - 100) < 1e-4 else '', 2)
     equal = Spy(honest, 0, seed)
-    must(equal.out[0] == (wanted := first_best(equal)), f'of equally good settings {equal.out[0]} is chosen, wanted the '
-         f'first, {wanted}', 'a later one replaces it')
+    must(equal.out[0] == (wanted := first_best(equal)), f'of equally good settings {equal.out[0]} is chosen, '
+         f'wanted the first, {wanted}', 'a later one replaces it')
     first = [Spy(honest, 14, s).fits[0][1].sort().values for s in (seed, seed, seed + 1, seed + 2)]
     must(first[0].equal(first[1]), 'the same seed gives another fold', 'the seed is not used', 3)
     must(not (first[0].equal(first[2]) and first[0].equal(first[3])), 'other seeds give the same fold',
@@ -250,7 +251,8 @@ def matrices(
              'shares of the singular values, not of their squares, and not their number', 1),
             ('noise in 32 directions, far from zero', noise + 10, rankme(noise + 10).item(),
              'the mean was subtracted', 3),
-            ('equal rows', noise[:1].expand(300, 32), 1, 'rounding: a singular value of 0 comes out larger in 32 bits', 3),
+            ('equal rows', noise[:1].expand(300, 32), 1,
+             'rounding: a singular value of 0 comes out larger in 32 bits', 3),
             ('noise in 32 directions', noise, rankme(noise).item(), 'all rows count, and all columns', 3))
 
 # %% ../../nbs/solutions/07_judging.ipynb #0e832086
