@@ -97,7 +97,7 @@ def check_receptive_field(
     for layers, i, wanted, causes in FIELDS:
         found = three_numbers(receptive_field, layers)[i]
         must(found == wanted, f'{names[i]} is {found} for the layers {layers}, wanted {wanted}',
-             causes.get(found, ''), 2)
+             causes.get(found, ''), 2 if layers else 3)
     for n, wanted in enumerate(BY_HAND, 1):
         found = three_numbers(receptive_field, STACK[:n])
         must(found == wanted, f'(size, first, jump) is {found} after {n} of SCOTT\'s layers, '
@@ -225,7 +225,8 @@ def starts_right(
         must(near(x[where], wanted),
              f'{name} places differ by up to {gap:.2f} from '
              f'{"token" if name == "visible" else "mask token"} + position of the patch, wanted 0',
-             causes[0] if causes else 'each image has a mask of its own, each patch a position')
+             causes[0] if causes else 'each image has a mask of its own, each patch a position',
+             1 if causes else 2)
 
 # %% ../../nbs/solutions/03_tokens.ipynb #831e23e1
 def seen_embed(
@@ -259,18 +260,18 @@ def check_embed(
     tokens, keep, mask_token, pos, registers = parts(*SIZES[0], seed)
     learned = [x.requires_grad_() for x in (tokens, mask_token, registers)]
     out = embed(tokens, keep, mask_token, pos, registers)
-    must(out.requires_grad, 'the result has no gradient', 'detach, .data or no_grad', 2)
+    must(out.requires_grad, 'the result has no gradient', 'detach, .data or no_grad', 3)
     found = torch.autograd.grad(out.sum(), learned, allow_unused=True)
     wanted = dict(tokens=keep[..., None].expand_as(tokens).float(), registers=torch.full_like(registers, 3),
                   mask_token=(~keep).sum().expand_as(mask_token).float())
     for name, gradient in zip(('tokens', 'mask_token', 'registers'), found):
         got = torch.zeros(1) if gradient is None else gradient
         must(near(got, wanted[name]), f'the gradient of the sum with respect to {name} is {got.sum():g} in all, '
-             f'wanted {wanted[name].sum():g}', f'{name} must learn: no detach or .data, no copy by numbers', 2)
+             f'wanted {wanted[name].sum():g}', f'{name} must learn: no detach or .data, no copy by numbers', 3)
 
 # %% ../../nbs/solutions/03_tokens.ipynb #398e26bd
 class Noting(nn.Module):
-    "A small layer that notes what goes in and out; a block mixes the tokens, the head does not."
+    "A small layer that notes what goes in and out; a block mixes the tokens by place, the head does not."
 
     def __init__(
         self,
@@ -288,7 +289,9 @@ class Noting(nn.Module):
         x: torch.Tensor,  # (B, T, D)
     ):
         out = x @ self.weight
-        if self.name != 'head': out = out.tanh() + .5 * x.mean(1, keepdim=True) + .5 * x
+        if self.name != 'head':
+            place = torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None] / x.shape[1]
+            out = out.tanh() + (place * x).mean(1, keepdim=True) + .5 * x
         self.log.append((self.name, x, out))
         return out
 
@@ -321,7 +324,7 @@ def traced_back(
     "The first step of a wrong prediction that is wrong."
     called = [name for name, *_ in log]
     must(called == names, f'these modules ran: {", ".join(called)}; wanted {", ".join(names)}',
-         'each block once, in the order of the list, then the head', 3)
+         'each block once, in the order of the list, then the head')
     n, r, start = x.shape[1], len(registers), log[0][1]
     must(start.shape == (len(x), r + n, x.shape[2]),
          f'into {names[0]} goes {tuple(start.shape)}, wanted {(len(x), r + n, x.shape[2])}',
@@ -330,14 +333,15 @@ def traced_back(
     added = start[:, r:] - x
     causes = {'positions are added twice': 2 * pos, 'the positions are missing': 0 * pos}
     must(near(added, pos), f'what goes into {names[0]} differs from x + pos by up to {(added - pos).abs().max():.2f}',
-         next((c for c, value in causes.items() if near(added, value)), ''))
+         next((c for c, value in causes.items() if near(added, value)), ''), 3)
     for (before, _, out), (after, got, _) in pairwise(log[:-1]):
-        cause = 'registers stay until the last block'
+        cause, hint = 'registers stay until the last block', 2
         if got.shape == out.shape:
+            cause, hint = 'what a block makes goes into the next one as it is', 1
             if near(got, start): cause = 'each block gets the same, wanted what the one before it made'
             if near((got - out)[:, r:], pos): cause = 'positions are added once, before the first block'
         must(got.shape == out.shape and near(got, out),
-             f'what goes into {after} is not what comes out of {before}', cause)
+             f'what goes into {after} is not what comes out of {before}', cause, hint)
     (last, _, out), (_, got, _) = log[-2:]
     cause = 'the last places are dropped, but the registers are in front' if near(out[:, :n], got[:, :n]) else ''
     must(near(got[:, -n:], out[:, r:]), f'what goes into the head is not what comes out of {last} at the {n} patches',
@@ -376,19 +380,21 @@ def check_predict(
         shaped(out, wanted.shape)
         if not near(out, wanted):
             if depth: traced_back(log, names, x, pos, registers)
-            must(False, f'predictions are off by up to {(out - wanted).abs().max():.2f}', '', 2)
+            last = bool(log) and near(out, log[-1][2][:, :n])
+            must(False, f'predictions are off by up to {(out - wanted).abs().max():.2f}',
+                 'behind the head the last places are dropped, but the registers are in front' if last else '', 2)
     for name in ('float64', 'bfloat16'):
         dtype = getattr(torch, name)
         out = predict(x.to(dtype), pos.to(dtype), registers.to(dtype), [m.to(dtype) for m in blocks], head.to(dtype))
-        must(out.dtype == dtype, f'for {name} the result is of type {out.dtype}', '', 2)
+        must(out.dtype == dtype, f'for {name} the result is of type {out.dtype}', 'something has a type of its own', 2)
     x, _, _, pos, registers = parts(*SIZES[0], seed)
     blocks, head = modules(8, 2, [], seed)
     learned = dict(x=x.requires_grad_(), registers=registers.requires_grad_())
     right = torch.autograd.grad(guessed(x, pos, registers, blocks, head).sum(), [*learned.values()])
     out = predict(x, pos, registers, blocks, head)
-    must(out.requires_grad, 'the result has no gradient', 'detach, .data or no_grad', 2)
+    must(out.requires_grad, 'the result has no gradient', 'detach, .data or no_grad', 3)
     found = torch.autograd.grad(out.sum(), [*learned.values()], allow_unused=True)
     for name, mine, wanted in zip(learned, found, right):
         must(mine is not None and near(mine, wanted), f'the gradient with respect to {name} is '
              f'{0 if mine is None else mine.abs().sum():.2f} in all, wanted {wanted.abs().sum():.2f}',
-             f'{name} must get one: no detach or .data', 2)
+             f'{name} must get one: no detach or .data', 3)
