@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EXACT', 'number', 'seen_lr_at', 'rises_and_stays', 'falls', 'expected', 'runs_of', 'check_lr_at', 'seen_momentum_at',
-           'check_momentum_at', 'Draws', 'drawn', 'ramps', 'noise', 'boxes_of', 'shown', 'seen_two_views', 'pair_of',
-           'scaled', 'placed', 'check_two_views']
+           'check_momentum_at', 'Draws', 'drawn', 'ramps', 'noise', 'boxes_of', 'shown', 'other_order',
+           'seen_two_views', 'pair_of', 'scaled', 'placed', 'check_two_views']
 
 # %% ../../nbs/solutions/06_training.ipynb #f6ba112c
 import math
@@ -48,10 +48,10 @@ def rises_and_stays(
     different = len(set(rates[:10]))
     must(different == 10, f'the 10 steps of the warm-up have {different} different rates, wanted 10',
          'there is no warm-up' if different == 1 else
-         'the rate changes once an epoch: a schedule changes it at each step')
+         'the rate changes once an epoch: a schedule changes it at each step', 3)
     must(rates[0] > EXACT,
          f'the first step has the rate {rates[0]:.3g}, wanted 0.1: it moves nothing',
-         'steps are counted from 0', 2)
+         'steps are counted from 0', 3)
     step = max(range(1, 11), key=lambda k: abs(rates[k - 1] - k / 10))
     must(abs(rates[step - 1] - step / 10) < EXACT,
          f'step {step} of the warm-up of 10 has the rate {rates[step - 1]:.4g}, wanted {step / 10}',
@@ -134,7 +134,7 @@ def check_lr_at(
             found, (wanted, piece) = number(lr_at(step, *run), step), expected(step, *run)
             must(abs(found - wanted) < EXACT * run[3],
                  f'step {step}, in {piece}, has the rate {found:.4g}, wanted {wanted:.4g} ({told})',
-                 causes[piece], 2)
+                 causes[piece], 3 if piece == 'the warm-up' else 2)
 
 # %% ../../nbs/solutions/06_training.ipynb #9c4bb00e
 def seen_momentum_at(
@@ -156,7 +156,7 @@ def check_momentum_at(
     must(max(m) < 1 + EXACT, f'the momentum grows to {max(m):.6g}, wanted 1 at most',
          'the line goes beyond `last`, and the target runs away')
     must(m[0] != m[-1], f'the first and the last step have the same momentum {m[0]:.6g}',
-         'it does not depend on the step')
+         'it does not depend on the step', 3)
     must(m[0] < m[-1], f'the momentum falls from {m[0]:.6g} to {m[-1]:.6g}',
          '`first` and `last` are swapped')
     must(m[0] != m[-2], f'up to step 99 it is {m[0]:.6g}, wanted a line',
@@ -166,7 +166,7 @@ def check_momentum_at(
     bend = max(abs(a + c - 2 * b) for a, b, c in zip(m, m[1:], m[2:]))
     must(bend < EXACT,
          f'the momentum grows by {m[1] - m[0]:.2g} at first and by {m[50] - m[49]:.2g} later',
-         'it is no straight line')
+         'it is no straight line', 3)
     must(abs(m[0] - .99604) < EXACT, f'the first step has the momentum {m[0]:.8g}, wanted 0.99604',
          '`first` belongs to step 0, which no step uses', 2)
     first, last = torch.rand(2, generator=seeded(seed)).tolist()
@@ -238,12 +238,24 @@ def shown(
     middle, slope = (lines[..., 6] + lines[..., 17]) / 2, (lines[..., 17] - lines[..., 6]) / 11
     return torch.cat([middle - 12 * slope, middle + 12 * slope], 1)
 
+# %% ../../nbs/solutions/06_training.ipynb #8f4a9ede
+def other_order(
+    found,  # (B, 4) the boxes that were cut out
+    right,  # (B, 4) left, top, right, bottom
+) -> str:  # '' if they are right, or in none of these
+    "The order in which right boxes would be those that were found."
+    if (found - right).abs().max() < .03: return ''
+    left, top, w, h = *right.unbind(1)[:2], *(right[:, 2:] - right[:, :2]).unbind(1)
+    orders = {'left, top, width, height': (left, top, w, h), 'top, left, bottom, right': (top, left, top + h, left + w),
+              'left, right, top, bottom': (left, left + w, top, top + h)}
+    return next((order for order, box in orders.items() if (found - torch.stack(box, 1)).abs().max() < .03), '')
+
 # %% ../../nbs/solutions/06_training.ipynb #d048c27a
 def seen_two_views(
     two_views,  # the student's function
 ):
     "Views without and with color in which the known mistakes differ."
-    views = [v for color in (0., 1.) for v in two_views(noise(5, 0), drawn(5, seeded(1), color), 8)]
+    views = [v for color in (0., 1.) for v in two_views(noise(5, 0), drawn(5, seeded(3), color), 8)]
     return [torch.as_tensor(v).nan_to_num(9.) for v in views]
 
 # %% ../../nbs/solutions/06_training.ipynb #7b7eff89
@@ -313,12 +325,16 @@ def placed(
          'one view is mirrored, the other is not' if not mirrored.equal(turned) else
          'the views have two crops: one box for both' if far > .01 else
          'something else than `draws` changes colors')
+    order = other_order(torch.where(draws.flip[:, None], here[:, [2, 1, 0, 3]], here), boxes_of(draws))
+    must(not order, f'the boxes are ({order}), wanted (left, top, right, bottom)', 'the columns have another order', 3)
     found = torch.where(mirrored[:, None], here[:, [2, 1, 0, 3]], here)
     must(n == 1 or (found - found[:1]).abs().max() > .02,
          f'all {n} pictures are cropped at the same place', 'each picture has its own box')
     must(mirrored.equal(draws.flip),
-         f'{mirrored.sum()} of {n} pictures are mirrored, wanted {draws.flip.sum()}',
-         'draws.flip says which are mirrored, not the others')
+         f'of {n} pictures (from 0) {mirrored.nonzero().flatten().tolist()} are mirrored, '
+         f'wanted {draws.flip.nonzero().flatten().tolist()}',
+         'exactly the others are mirrored: draws.flip is True where a picture is' if mirrored.equal(~draws.flip) else
+         'draws.flip says which are mirrored', 2)
     w, h = (found[:, 2:] - found[:, :2]).unbind(1)
     for values, like, limit, what, cause in (
             (w * h, draws.area, .03, 'area', 'draws.area is an area: a side goes with its square root'),
@@ -346,7 +362,7 @@ def check_two_views(
     differ, wanted = ((a - b).abs().amax((1, 2, 3)).gt(1e-4).float().mean()
                       for a, b in ((context, target), like))
     must(differ > .95 * wanted, f'{differ:.0%} of the pairs differ, wanted {wanted:.0%}',
-         'both views have the same colors: each has draws of its own')
+         'both views have the same colors: each has draws of its own', 3)
     gap, other = ((context - v).abs().max().item() for v in like)
     must(gap < 1e-3, f'the context is off by {gap:.2f}',
          'context and target are swapped' if other < 1e-3 else
