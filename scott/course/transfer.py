@@ -96,10 +96,12 @@ def scenery(
 def seen_pixel_targets(
     pixel_targets,  # the student's function
 ):
-    "Targets, the last one of a flat patch."
+    "Targets, the last two of a flat and a nearly flat patch."
     patches, keep = scenery(0)
-    patches[3, 9], keep[3, 9] = .5, False
-    return [pixel_targets(patches, keep).nan_to_num(-9., -9., -9.).clamp(-9, 9) / 100]
+    patches[3, 8:], keep[3, 8:] = .5, False
+    patches[3, 9, ::2] += .002
+    out = pixel_targets(patches, keep).nan_to_num(-9., -9., -9.).clamp(-9, 9)
+    return [out / 100, out[-1].abs().max()]
 
 # %% ../../nbs/solutions/08_transfer.ipynb #67dc7bcb
 def hidden_ones(
@@ -113,7 +115,7 @@ def hidden_ones(
     must(rows != b * n, f'there are {rows} targets, wanted those of the {hidden} hidden patches',
          'visible patches are in the loss')
     must(rows != b * n - hidden, f'there are {rows} targets, wanted those of the {hidden} hidden patches',
-         'the mask is inverted: True means visible')
+         'the mask is inverted: True means visible', 2)
     shaped(out, (hidden, d), what='the result')
 
 # %% ../../nbs/solutions/08_transfer.ipynb #3d379e1f
@@ -122,7 +124,7 @@ def check_pixel_targets(
     pixel_targets,  # the student's function
     seed=0,  # of patches and masks
 ):
-    "Which patches, their mean, variance and direction; a flat patch."
+    "Which patches, their mean, variance and direction; a flat patch and a nearly flat one."
     patches, keep = scenery(seed)
     one = torch.arange(10)[None] != 7
     for x, k in ((patches, keep), (patches[2:3], one), (patches[:, :, ::9], keep)):
@@ -148,6 +150,11 @@ def check_pixel_targets(
         found = pixel_targets(patches, keep)[row].abs().max().item()
         must(found < .1, f'a flat patch of the value {value} has the target {found:.3g}, wanted 0',
              'its variance is 0, and nothing is added to it', 2)
+    patches[2, 4, ::2] -= .002  # the variance is 1e-6, as EPS
+    found = pixel_targets(patches, keep)[row].abs().max().item()
+    must(abs(found - .707) < .01, f'a nearly flat patch, 0.998 and 1 in turn, has targets of {found:.3g}, wanted 0.707',
+         'EPS is outside of the root: (variance + EPS).sqrt()' if found > .97 else
+         'another number than EPS is added to the variance', 2)
 
 # %% ../../nbs/solutions/08_transfer.ipynb #b2207b65
 def seen_halves(
@@ -172,6 +179,7 @@ def two_masks(
 ):
     "The form, nothing common, nothing hidden, nothing lost, and the sizes; returns both masks."
     out = halves(keep, generator)
+    if isinstance(out, torch.Tensor) and out.shape[:1] == (2,): out = out.unbind()  # both in one tensor
     must(isinstance(out, tuple | list) and len(out) == 2, f'it returns {type(out).__name__}, wanted two masks', '', 2)
     for name, mask in zip(('first', 'second'), out): shaped(mask, keep.shape, torch.bool, f'the {name} mask')
     a, b = out
@@ -181,7 +189,7 @@ def two_masks(
         i = hidden.argmax()
         must(hidden[i] == 0,
              f'image {i} hides {(~keep[i]).sum()} patches, and the {name} mask shows {hidden[i]} of them',
-             'hidden patches take part: they must come last, and argsort is needed twice')
+             'hidden patches take part: they must come last, and argsort is needed twice', 2)
     for text, wrong, cause in (('are in both halves', a & b, 'the halves overlap: each is drawn on its own'),
                                ('are in neither half', keep & ~a & ~b, 'the second half is not the rest')):
         i = wrong.sum(1).argmax()
@@ -211,7 +219,7 @@ def check_halves(
     must(different == 64, '64 images have one and the same split' if different == 1 else
          f'64 images have only {different} different splits',
          'one split is repeated for all images, or nothing is random' if different == 1 else
-         'few splits are possible: the place of one patch decides on that of another')
+         'few splits are possible: the place of one patch decides on that of another', 3)
     must(a.equal(again), 'the same seed gives another split the second time', 'the generator is not used', 3)
     must(not a.equal(other), 'another state of the generator gives the same split',
          'the function makes or seeds a generator of its own', 3)
