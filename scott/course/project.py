@@ -84,42 +84,44 @@ def signs(
 def word_fault(
     word,  # the student's
     right: str,
-) -> tuple:  # symptom and cause
+) -> tuple:  # symptom, cause, hint
     "Why a word is wrong."
     if word not in WORDS:
+        like = re.sub('[^a-z]', '', word.lower()) if isinstance(word, str) else ''
+        if like in WORDS: return f'{word!r} is none of the six words', f'the spelling: write {like!r}', 3
         cause = ('a loss that falls is not learning: nearly nothing may be left to predict' if word == 'learning' else
                  'it is copied from a verdict, and that is on the last lines alone; an alarm on the way counts')
-        return f'{word!r} is none of the six words', cause
+        return f'{word!r} is none of the six words', cause, 2
     if right == 'healthy':
         return ('a healthy run is called sick',
-                'a wobble in the warm-up, a falling rank or a k-NN of 80 images is no alarm')
+                'a wobble in the warm-up, a falling rank or a k-NN of 80 images is no alarm', 2)
     if word == 'healthy':
-        return 'a sick run is called healthy', 'its loss looks well; go through the other curves, limit by limit'
-    return f'it is sick, but it is not {word}', 'the first alarm is that of another curve'
+        return 'a sick run is called healthy', 'its loss looks well; go through the other curves, limit by limit', 1
+    return f'it is sick, but it is not {word}', 'the first alarm is that of another curve', 2
 
 # %% ../../nbs/solutions/09_project.ipynb #89c355f5
 def file_fault(
     given,  # the student's word, curve and step
     lines: list,  # of metrics
-) -> tuple | None:  # symptom and cause; None if it is right
+) -> tuple | None:  # symptom, cause, hint; None if it is right
     "What is wrong in one diagnosis."
     if not isinstance(given, (tuple, list)) or len(given) != 3:
-        return 'it is not (word, curve, step)', 'three parts, in this order'
+        return 'it is not (word, curve, step)', 'three parts, in this order', 3
     (word, curve, step), (right, curves, alarm) = given, signs(lines)
     if curve == 'loss':
         return ('the loss is given as evidence',
-                'it falls in healthy and in sick runs: only beside the spread it tells something')
+                'it falls in healthy and in sick runs: only beside the spread it tells something', 1)
     if word != right: return word_fault(word, right)
     if right == 'healthy':
         wrong = not (curve is None and step is None)
-        return ('curve or step is not None', 'nothing betrays a healthy run') if wrong else None
+        return ('curve or step is not None', 'nothing betrays a healthy run', 3) if wrong else None
     if curve not in curves:
-        return f'{curve!r} does not betray it', 'that curve stays within its limits at the first alarm'
+        return f'{curve!r} does not betray it', 'that curve stays within its limits at the first alarm', 2
     steps = [m['step'] for m in lines]
-    if step not in steps: return f'no line has the step {step!r}', 'give the step of a line'
+    if step not in steps: return f'no line has the step {step!r}', 'give the step of a line', 3
     if abs(steps.index(step) - steps.index(alarm)) > 2:
         return (f'step {step} is too {"late" if step > alarm else "early"}',
-                'the first alarm counts, at the line with which the rule has held for its number of lines')
+                'the first alarm counts, at the line with which the rule has held for its number of lines', 2)
     return None
 
 # %% ../../nbs/solutions/09_project.ipynb #abeebcb9
@@ -172,17 +174,17 @@ def check_answers(
     answers,  # the student's function
     seed=0,  # nothing is drawn
 ):
-    "Form, each file, and the student's own run; it tells what is right."
+    "Form, each file, and the student's own run; it tells the first fault alone."
     given = answers()
     must(isinstance(given, dict), f'it returned a {type(given).__name__}, wanted a dictionary',
          'the names of the files are its keys', 3)
     missing = [name for name in (*FILES, 'mine') if name not in given]
     must(not missing, f'there is no entry {" or ".join(missing)}', 'four entries: three files, and mine', 3)
-    faults = {file: file_fault(given[file], read_lines(file)) for file in FILES}
-    faults['mine'] = run_fault(given['mine'])
-    each = '; '.join(f'{name}: {fault[0] if fault else "right"}' for name, fault in faults.items())
-    found = [fault for fault in faults.values() if fault]
-    must(not found, f'{4 - len(found)} of 4 are right. {each}', found[0][1] if found else '', 2)
+    for file in FILES:
+        symptom, cause, hint = file_fault(given[file], read_lines(file)) or ('', '', 0)
+        must(not symptom, f'{file}: {symptom}', cause, hint)
+    symptom, cause = run_fault(given['mine']) or ('', '')
+    must(not symptom, f'mine: {symptom}', cause, 2)
 
 # %% ../../nbs/solutions/09_project.ipynb #4cab002d
 def made_row(
@@ -328,7 +330,7 @@ def numbers_hold(
              instead(sentence, table, encoder), 2)
     first, second = (places_of(sentence, row['top1'])[0] for row in sides(table))
     must(first <= second, 'the mean of random initialization stands first',
-         'the numbers of the two encoders are swapped')
+         'the numbers of the two encoders are swapped', 3)
     for encoder, row in zip(('context', 'random initialization'), sides(table)):
         must(all(said(sentence, end) for end in row['top1_interval']),
              f'the interval of {encoder} is not in the sentence', 'both ends, with one decimal', 2)
@@ -343,20 +345,22 @@ def facts_hold(
     kind, size, steps = table['learned_from'].partition(':')[0], table['img_size'], table['step']
     kinds = [word for word in ('transductive', 'inductive', 'transfer') if word in sentence]
     must(re.search(rf'\b{seeds} probe seeds', sentence), f'"{seeds} probe seeds" is not in the sentence',
-         'seeds of the probe are no seeds of the training')
+         'seeds of the probe are no seeds of the training', 2)
     must('one training run' in sentence, '"one training run" is not in the sentence',
          'the seeds of the probes all judge the same training')
     must(re.search(rf'\b{size} ?(px|pixel)', sentence),
-         f'the size of the images is not in the sentence, {size} px', 'a score belongs to a size')
+         f'the size of the images is not in the sentence, {size} px', 'a score belongs to a size', 2)
     must(said(sentence, steps), f'the number of steps is not in the sentence, {steps:,}',
-         'a score belongs to a length of training')
+         'a score belongs to a length of training', 2)
     must(kinds == [kind], f'the sentence has the words {kinds}, wanted the word {kind}',
-         'what the pre-training had seen: the first word of learned_from, no other')
+         'what the pre-training had seen: the first word of learned_from, no other', 2)
     must(f"protocol {flags['protocol']}" in sentence,
          f"\"protocol {flags['protocol']}\" is not in the sentence",
-         'by the protocol paper, choices were made on test images: it must be said')
+         'the protocol is written in the flags in the table' if 'protocol' in sentence else
+         'by the protocol paper, choices were made on test images: it must be said', 2)
     must(re.search(rf"block {flags['block']}\b", sentence), f"\"block {flags['block']}\" is not in the sentence",
-         'a block that was chosen on test images flatters: say which it is')
+         "block N from the flags in the table: its number isn't always the same" if 'block' in sentence else
+         'a block that was chosen on test images flatters: say which it is', 2)
 
 # %% ../../nbs/solutions/09_project.ipynb #b903eda6
 def verdict_holds(
@@ -367,7 +371,7 @@ def verdict_holds(
     "Whether the claim is what the numbers carry, and the sentence says the same."
     word, gap, noise, apart = judged_claim(table)
     words = [w for w in ('better', 'worse', 'no difference') if w in sentence]
-    must(len(words) == 1, f'of better, worse, no difference the sentence has {words}', 'exactly one', 2)
+    must(len(words) == 1, f'of better, worse, no difference the sentence has {words}', 'exactly one')
     must(better == (words == ['better']), f'better is {better}, and the sentence says {words[0]!r}',
          'both carry one verdict')
     cause = 'the gap is beyond the noise, and the intervals part: context against random'
@@ -410,9 +414,9 @@ def weak_tables_hold(
         sentence, better = claimed(claim, made_table(9.1, (.4, .3), 1, g, seeds))
         must(not better and f'{seeds} probe seed' in sentence,
              f'with {seeds} probe seeds it says better = {better}: "{sentence[:80]}"',
-             'fewer than three probe seeds show no deviation')
+             'fewer than three probe seeds show no deviation', 3)
         must('worse' not in sentence and 'better' not in sentence,
-             f'with {seeds} probe seeds it says better or worse', 'too few to claim anything')
+             f'with {seeds} probe seeds it says better or worse', 'too few to claim anything', 3)
 
 # %% ../../nbs/solutions/09_project.ipynb #3de0ef9e
 def seen_claim(
@@ -425,8 +429,8 @@ def seen_claim(
         numbers = [row['top1'] for row in table['rows']] + [s['top1'] for row in sides(table) for s in row['seeds']]
         ends = [end for row in sides(table) for end in row['top1_interval']]
         has = [said(sentence, n) for n in (*numbers, *ends, table['step'], table['img_size'])]
-        words = ('px', 'probe seeds', 'one training run', 'transductive', 'inductive', 'transfer', 'protocol', 'block',
-                 'better', 'worse', 'no difference')
+        words = ('px', 'probe seeds', 'one training run', 'transductive', 'inductive', 'transfer', 'better', 'worse',
+                 'no difference', *(f"{key} {table['flags'][key]}" for key in ('protocol', 'block')))
         means = [places_of(sentence, row['top1']) or [0] for row in sides(table)]
         has.append(means[0][0] <= means[1][0])
         seen.append(torch.tensor([better, *has, *(word in sentence for word in words)]).double())
