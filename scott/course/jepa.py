@@ -70,7 +70,8 @@ def check_targets(
     must(flat.abs().max() < 1e-3, f'a token whose channels are equal gives {flat[0, 0, 0]:.3g}, wanted 0',
          'a division by 0: add a small epsilon to the variance', 2)
     found = targets(NEARLY_FLAT).max().item()
-    must(abs(found - .3015) < .001, f'a nearly flat token, 0.001 and -0.001 in turn, becomes {found:.4f}, wanted 0.3015',
+    must(abs(found - .3015) < .001,
+         f'a nearly flat token, 0.001 and -0.001 in turn, becomes {found:.4f}, wanted 0.3015',
          'epsilon is outside of the root: sqrt(var + 1e-5), not sqrt(var) + 1e-5' if abs(found - .99) < .001 else
          'epsilon has another size, wanted 1e-5', 2)
     for name in ('float16', 'bfloat16'):
