@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LISTS', 'CHANGES', 'ImageSet', 'Files', 'fetch', 'flowers_files', 'pets_files', 'imagenet100_files', 'folder_files',
-           'absolute', 'unknown', 'find_files', 'report_broken', 'petals_set', 'changed', 'decoded', 'load']
+           'absolute', 'unknown', 'find_files', 'report_broken', 'drawn', 'petals_set', 'changed', 'decoded', 'load']
 
 # %% ../../nbs/20_data.ipynb #3d156763
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 import json
@@ -244,6 +245,14 @@ def report_broken(files, broken, on_bad_image):
                          '--on-bad-image skip')
     print(f'{text}: left out')
 
+# %% ../../nbs/20_data.ipynb #479b3f00
+@lru_cache(maxsize=1)
+def drawn(
+    size,  # side of the pictures, pixels
+):
+    "Images and labels of the default 4,000 petals, drawn once for all who ask for the same size."
+    return petals(size=size)
+
 # %% ../../nbs/20_data.ipynb #e489f225
 def petals_set(
     split,  # 'train', 'test' or 'all'
@@ -253,7 +262,7 @@ def petals_set(
     "The default 4,000 petals: the first 80 % are to train on, the last 20 % to test on."
     parts = dict(train=slice(0, 3200), test=slice(3200, 4000), all=slice(0, 4000))
     part = parts[split]
-    images, labels = petals(size=size if fit == 'squash' else round(size * 256 / 224))
+    images, labels = drawn(size if fit == 'squash' else round(size * 256 / 224))
     if fit == 'center':
         images = TF.center_crop(images, size)
     aspect = torch.ones(len(labels[part]))
@@ -261,7 +270,7 @@ def petals_set(
     hashes = [sha256(f'{VERSION} {name}'.encode()).hexdigest()[:16] for name in names]
     line = ('4,000 drawn images, 20 classes of 200, the first 3,200 for training and 800 '
             'held out')
-    return ImageSet(images[part], labels[part], aspect, petal_names(), 'petals',
+    return ImageSet(images[part].clone(), labels[part].clone(), aspect, petal_names(), 'petals',
                     split != 'train', [], names, f'petals {VERSION} {split} {size} {fit}',
                     hashes=hashes, summary=line, how_split='order')
 
