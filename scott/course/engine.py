@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'Outcome', 'Wrong', 'must', 'shaped', 'keeps_type', 'seeded', 'Broke', 'Blank', 'TimeUp', 'brief', 'own_line',
-           'Student', 'limited', 'Few', 'usual', 'judge', 'condensed', 'edited', 'alike', 'checks', 'mistakes']
+           'Student', 'limited', 'Last', 'usual', 'judge', 'condensed', 'edited', 'alike', 'checks', 'mistakes']
 
 # %% ../../nbs/52_engine.ipynb #1d0490d6
 import io
@@ -148,6 +148,7 @@ class Student:
             if not e.args: raise Blank from None  # as the exercise leaves it
             raise Broke(self.story(e, values)) from e
         except (Exception, SystemExit) as e: raise Broke(self.story(e, values)) from e
+        except TimeUp as e: raise TimeUp(f'{own_line(self.f, e)}\n  {self.called(values)}') from None
         must(out is not None, 'it returned None', 'the `return` is missing')
         for name, value, old in zip(self.names(), values, before):
             must(old is None or value.shape == old.shape and value.detach().equal(old),
@@ -159,11 +160,14 @@ class Student:
         with suppress(TypeError, ValueError): yield from signature(self.f).parameters
         yield from iter(lambda: 'argument', None)
 
+    def called(self, values):
+        "The inputs in a few words."
+        return 'It was called with ' + ', '.join(f'{n} = {brief(v)}' for n, v in zip(self.names(), values))
+
     def story(self, error, values):
         "What was raised, where, and for which inputs."
         said = ' '.join(str(error).split())[:300]
-        inputs = ', '.join(f'{n} = {brief(v)}' for n, v in zip(self.names(), values))
-        return f'{type(error).__name__}{own_line(self.f, error)}\n  {said}\n  It was called with {inputs}'
+        return f'{type(error).__name__}{own_line(self.f, error)}\n  {said}\n  {self.called(values)}'
 
 # %% ../../nbs/52_engine.ipynb #f12eddd0
 @contextmanager
@@ -184,12 +188,15 @@ def limited(
         signal.signal(signal.SIGPROF, before)
 
 # %% ../../nbs/52_engine.ipynb #43fff89e
-class Few(io.StringIO):
-    "What is printed, its first thousand characters."
+class Last(io.StringIO):
+    "What is printed, its last thousand characters."
 
     def write(self, text: str):
-        "Keep what there is room for."
-        super().write(text[:max(0, 1000 - self.tell())])
+        "Keep the end."
+        end = (self.getvalue() + text[-1000:])[-1000:]
+        self.seek(0)
+        self.truncate()
+        super().write(end)
         return len(text)
 
 # %% ../../nbs/52_engine.ipynb #bc14d1ac
@@ -219,18 +226,20 @@ def judge(
     seed: int = 0,  # of what the check draws
 ) -> Outcome:
     "Test the properties; whatever the student's function does becomes an outcome."
-    name, few, state, message = check.__name__.removeprefix('check_'), Few(), 'right', ''
+    name, last, state, message = check.__name__.removeprefix('check_'), Last(), 'right', ''
     try:
-        with usual(), redirect_stdout(few), limited(LIMIT): check(Student(f), seed)
+        with usual(), redirect_stdout(last), limited(LIMIT): check(Student(f), seed)
     except Blank: state, message = 'blank', 'not written yet. Hint 1, below the task, is the idea'
     except Wrong as e: state, message = 'wrong', str(e)
     except Broke as e: state, message = 'error', str(e)
     except TimeUp as e:
-        state, message = 'error', f'no answer after {LIMIT} seconds{own_line(f, e)}\n  Likely cause: a loop without end'
+        state, message = 'error', (f'no answer after {LIMIT} seconds of computing{e}\n  Likely cause: a loop without '
+                                   'end, or one number at a time: compute with whole tensors or rows')
     except Exception as e:
         state, message = 'error', f'its result could not be used: {type(e).__name__}: {" ".join(str(e).split())[:200]}'
-    if few.getvalue().strip() and state != 'right':
-        message += '\n  It printed: ' + ' '.join(few.getvalue().split())[:200]
+    if last.getvalue().strip() and state != 'right':
+        lines = [line[:100] for line in last.getvalue().strip().splitlines()[-3:]]
+        message += '\n  ' + '\n  '.join(['It printed last:', *lines])
     return Outcome(state, name, message)
 
 # %% ../../nbs/52_engine.ipynb #54b4c033
@@ -274,7 +283,7 @@ def alike(
         if isinstance(out, torch.Tensor) and out.numel() > 10**7: raise ValueError('too large')
         return out
     try:
-        with usual(), redirect_stdout(Few()), limited(LIMIT): mine = condensed(check.look(small))
+        with usual(), redirect_stdout(Last()), limited(LIMIT): mine = condensed(check.look(small))
     except (Exception, SystemExit, TimeUp): return ''
     names = [name for name, numbers in known.items() if len(mine) == len(numbers)
              and all(abs(a - b) <= check.within * max(1, abs(b)) for a, b in zip(mine, numbers))]

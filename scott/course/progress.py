@@ -47,9 +47,10 @@ def record(
     old = pages.get(f'{number} {function}', {})
     try: source = getsource(f)
     except Exception: source = None  # typed elsewhere, or changed since
-    tries = (old['tries'] if isinstance(old.get('tries'), int) else 0) + 1
+    done = old.get('passed') is True
+    tries = (old['tries'] if isinstance(old.get('tries'), int) else 0) + (not done)
     new = dict(passed=passed, version=__version__, source=source)
-    if old.get('passed') is True and not passed: new = old  # with the answer that passed
+    if done and not passed: new = old  # with the answer that passed
     try:
         book().parent.mkdir(parents=True, exist_ok=True)
         part = book().with_suffix(f'.{os.getpid()}')
