@@ -127,8 +127,8 @@ def exactly_so_many(
 # %% ../../nbs/solutions/01_masks.ipynb #74b294ac
 KINDS = dict(large=((14, 14), 79, 16), single=((14, 14), 24, 24),
              flat=((2, 9), 2, 2), narrow=((9, 2), 2, 2))  # grid, visible, smallest
-LOG = 'the shape is not drawn on the logarithm: tall and wide are equally likely, from 0.3 to 1 / 0.3'
-LOW = 'a block must be lower and narrower than the grid'
+LOG = 'tall and wide are equally likely: the shape goes from 0.3 to 1 / 0.3, evenly on its logarithm'
+LOW = 'a block must be lower and narrower than the grid: one that breaks either of the two is drawn again'
 WANTED = (  # masks, row of `statistics`, what it is, mean and deviation of the solution, likely cause
     ('large', 0, 'neighbors of a visible patch are visible', .8436, .0221,
      'patches are not in blocks, blocks are too small, or they are the hidden part'),

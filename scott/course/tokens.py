@@ -22,7 +22,8 @@ from .engine import Broke, brief, checks, keeps_type, must, seeded, shaped
 # %% ../../nbs/solutions/03_tokens.ipynb #067dfc15
 EARLY = 'the jump grows before it is used: size and first take the jump of the map that the layer reads'
 FIELDS = (  # layers (window, stride, padding), the number asked for, wanted, causes by what is found
-    ([(5, 3, 0)], 0, 5, {13: EARLY, 6: 'a window of k places reaches k - 1 jumps farther, not k',
+    ([(5, 3, 0)], 0, 5, {13: EARLY, 16: 'one layer depends on as many pixels as its window is wide: its own stride does '
+                                    'not count', 6: 'a window of k places reaches k - 1 jumps farther, not k',
                          3: 'the stride is taken for the window'}),
     ([(5, 3, 2)], 0, 5, {9: 'padding does not enlarge the field, it moves its first pixel',
                          1: 'padding does not make the field smaller, it moves its first pixel'}),
@@ -215,6 +216,7 @@ def starts_right(
             ('visible', keep, tokens + pos, {
                 'the mask is inverted: True means visible': mask,
                 'positions are added twice': tokens + 2 * pos, 'the position is missing': tokens,
+                'the mask is inverted, and the position is missing': mask_token,
                 'the mask token is added to visible tokens, too': tokens + mask}),
             ('hidden', ~keep, mask, {
                 'the position is missing: all hidden places of an image hold the same': mask_token,
