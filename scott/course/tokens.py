@@ -399,8 +399,7 @@ def check_predict(
         x, _, _, pos, registers = parts(b, n, d, r, seed)
         log, names = [], [*(f'block {i}' for i in range(1, depth + 1)), 'head']
         blocks, head = modules(d, depth, log, seed)
-        wanted = guessed(x, pos, registers, blocks, head)
-        log.clear()
+        wanted = guessed(x, pos, registers, *modules(d, depth, [], seed))
         out = predict(x, pos, registers, blocks, head)
         must(not isinstance(out, torch.Tensor) or not r or out.shape != (b, r + n, d),
              f'the result has {r + n} places for {n} patches', 'the registers are returned, too', 2)
