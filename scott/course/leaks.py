@@ -176,7 +176,7 @@ def check_stage(
     results = []
     for x, m in ((images, mask), (torch.where(hidden, noise, images), mask), (images, torch.ones_like(mask))):
         out = stage(x, weight, m)
-        must(isinstance(out, tuple | list) and len(out) == 2, f'it returns {type(out).__name__}, wanted two maps', '', 2)
+        must(isinstance(out, tuple | list) and len(out) == 2, f'it returns {type(out).__name__}, not two maps', '', 2)
         for y, like, name in zip(out, wanted, ('the map after the ReLU', 'the map after the pool')):
             shaped(y, like.shape, what=name)
         results.append(out)
