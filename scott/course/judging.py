@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ASKED', 'GRID', 'crowd', 'seen_knn_predict', 'check_knn_predict', 'scaled_over', 'Spy', 'first_best', 'seen_honest',
            'test_once', 'fold_holds', 'scaled_right', 'check_honest', 'matrices', 'huge', 'seen_rank', 'check_rank',
-           'check_diagnose', 'cloud', 'stretched', 'colored', 'apart', 'seen_token_pca', 'check_token_pca', 'weights',
-           'seen_attention_map', 'check_attention_map']
+           'check_diagnose', 'cloud', 'stretched', 'colored', 'apart', 'along', 'seen_token_pca', 'check_token_pca',
+           'weights', 'seen_attention_map', 'check_attention_map']
 
 # %% ../../nbs/solutions/07_judging.ipynb #1cd427b7
 import torch
@@ -48,7 +48,11 @@ def check_knn_predict(
 ):
     "Form, cosine, weights, a small bank, and each query for itself."
     bank, y, queries = crowd(seed)
-    shaped(knn_predict(bank, y, queries, 5, .07), (30,), torch.int64, 'the prediction')
+    found = knn_predict(bank, y, queries, 5, .07)
+    number = isinstance(found, torch.Tensor) and found.is_floating_point() and bool((found % 1).any())
+    must(not number, f'the prediction holds numbers such as {found.max() if number else 0:.4g}, wanted classes',
+         'these are votes, or weights: the class is the place of the largest, its argmax', 2)
+    shaped(found, (30,), torch.int64, 'the prediction')
     alone = torch.cat([knn_predict(bank, y, q[None], 5, .07) for q in queries])
     must(alone.equal(knn_predict(bank, y, queries, 5, .07)), 'a query gets another class alone than among others',
          'the queries are scaled or centered as a batch')
@@ -342,6 +346,15 @@ def apart(
     pairs = [(of((x - y).abs()), of((x - 1 + y).abs())) for x, y in zip(a.unbind(-1), b.unbind(-1))]
     return max(min(pair) for pair in pairs).item()
 
+# %% ../../nbs/solutions/07_judging.ipynb #e90ca01a
+def along(
+    a,  # (B, N, 3)
+    b,  # (B, N, 3)
+):
+    "The correlation of the colors of a channel, whatever its sign; the worst channel."
+    pairs = zip(a.flatten(0, 1).T, b.flatten(0, 1).T)
+    return min(torch.corrcoef(torch.stack(pair))[0, 1].abs().item() for pair in pairs)
+
 # %% ../../nbs/solutions/07_judging.ipynb #d56c1038
 def seen_token_pca(
     token_pca,  # the student's function
@@ -386,9 +399,11 @@ def check_token_pca(
         c, wanted = token_pca(x), colored(x)
         gap = apart(c, wanted, torch.amax)
         turned = apart(c.flip(-1), wanted, torch.amax)
+        ends = along(c, wanted) > .99
         must(gap < .02, f'colors are off by up to {gap:.2f} ({len(x)} images, {x.shape[1]} tokens each)',
              'red and blue are exchanged: the first axis varies most' if turned < .02 else
-             'other directions than the three of largest variance, or other ends', 2)
+             'the directions are right, the ends are not: torch.quantile of ENDS, for each component' if ends else
+             'other directions than the three of largest variance', 3 if ends else 2)
 
 # %% ../../nbs/solutions/07_judging.ipynb #1144d7b6
 def weights(
