@@ -121,7 +121,7 @@ def file_fault(
     if step not in steps: return f'no line has the step {step!r}', 'give the step of a line', 3
     if abs(steps.index(step) - steps.index(alarm)) > 2:
         return (f'step {step} is too {"late" if step > alarm else "early"}',
-                'the first alarm counts, at the line with which the rule has held for its number of lines', 2)
+                'the first alarm counts, at the last line of its row; the limit is the dotted one', 2)
     return None
 
 # %% ../../nbs/solutions/09_project.ipynb #abeebcb9

@@ -334,7 +334,8 @@ def placed(
          f'of {n} pictures (from 0) {mirrored.nonzero().flatten().tolist()} are mirrored, '
          f'wanted {draws.flip.nonzero().flatten().tolist()}',
          'exactly the others are mirrored: draws.flip is True where a picture is' if mirrored.equal(~draws.flip) else
-         'draws.flip says which are mirrored', 2)
+         'a box whose right end lies left of its left one is mirrored, too: (left, top, right, bottom)'
+         if mirrored.any() and not mirrored.all() else 'draws.flip says which are mirrored', 2)
     w, h = (found[:, 2:] - found[:, :2]).unbind(1)
     for values, like, limit, what, cause in (
             (w * h, draws.area, .03, 'area', 'draws.area is an area: a side goes with its square root'),
