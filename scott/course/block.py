@@ -141,7 +141,7 @@ def check_attention(
     q, k, v = heads(g, 2, 3, 5, 8)
     share = attention(1000 * q, k, v).isfinite().float().mean().item()
     must(share == 1, f'scores in the thousands: {share:.0%} of the means are finite, wanted all',
-         'exp overflows, or a whole row becomes 0 / 0: softmax subtracts the largest score of each row, not of the tensor', 2)
+         'exp overflows, or a row becomes 0 / 0: softmax subtracts the largest score of each row, not of all', 2)
     keeps_type(attention, q, k, v)
 
 # %% ../../nbs/solutions/04_block.ipynb #86b15537
@@ -285,7 +285,7 @@ def single(
 def seen_block(
     block,  # the student's function
 ):
-    "Output, gradient of a scale in the first branch, whether x is left alone, a constant token, and nearly constant ones."
+    "Output, gradient of a scale in the first branch, whether x is left alone, constant and nearly constant tokens."
     x, scale = stream(0, 3, 5, 8), torch.ones((), requires_grad=True)
     out = block(x, lambda z: scale * mixing(z), single)
     flat = block(torch.ones(1, 2, 4), torch.zeros_like, torch.zeros_like)
@@ -380,7 +380,8 @@ def check_block(
          'a division by 0: LN adds 1e-5 to the variance', 2)
     low = stream(seed, 3, 5, 16) / 1000
     share = (block(low, torch.zeros_like, torch.zeros_like) / normed(low)).mean().item()
-    must(abs(share - 1) < .01, f'tokens with a deviation of {low.std(-1).mean():.4f} come out {share:.2f} times as large as LN(x)',
+    must(abs(share - 1) < .01, f'tokens with a deviation of {low.std(-1).mean():.4f} come out {share:.2f} times '
+         'as large as LN(x)',
          '1e-5 is added to the mean square, under the root', 2)
     x, scale = stream(seed, 3, 5, 16).requires_grad_(), torch.ones((), requires_grad=True)
     out = block(x, lambda z: scale * mixing(z), single)

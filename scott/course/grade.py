@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from .. import __version__
 from ..cli import InputError, Parser, run_cli
-from .engine import Few, TimeUp, limited
+from .engine import Last, TimeUp, limited
 from .syllabus import SYLLABUS
 
 # %% ../../nbs/51_grading.ipynb #52cdc73d
@@ -98,7 +98,7 @@ def inside(
     "Run a submission in this process and judge its functions: no network from here on."
     def refuse(*args, **kwargs): raise OSError('there is no network while a notebook is graded')
     socket.socket = socket.create_connection = refuse
-    with redirect_stdout(Few()), redirect_stderr(io.StringIO()):
+    with redirect_stdout(Last()), redirect_stderr(io.StringIO()):
         names, failed = run_cells(task['cells'])
         for name in list(sys.modules):  # whatever was changed in them
             if name.startswith('scott.course'): del sys.modules[name]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ASKED', 'GRID', 'crowd', 'seen_knn_predict', 'check_knn_predict', 'scaled_over', 'Spy', 'first_best', 'seen_honest',
            'test_once', 'fold_holds', 'scaled_right', 'check_honest', 'matrices', 'huge', 'seen_rank', 'check_rank',
-           'check_diagnose', 'cloud', 'stretched', 'colored', 'apart', 'along', 'seen_token_pca', 'check_token_pca',
-           'weights', 'seen_attention_map', 'check_attention_map']
+           'check_diagnose', 'cloud', 'stretched', 'colored', 'apart', 'along', 'seen_token_pca', 'colors_hold',
+           'check_token_pca', 'weights', 'seen_attention_map', 'check_attention_map']
 
 # %% ../../nbs/solutions/07_judging.ipynb #1cd427b7
 import torch
@@ -365,6 +365,19 @@ def seen_token_pca(
     return [(out - .5).abs(), (one - .5).abs(), (out[1, 7] - out[0, 3]).abs().mean(), apart(out, known),
             apart(out.flip(-1), known), min(out.abs().max(), 9.)]
 
+# %% ../../nbs/solutions/07_judging.ipynb #e9103af9
+def colors_hold(
+    c,  # (images, tokens, 3), of the student
+    wanted,  # the same
+):
+    "The right axes in their order, and the right ends."
+    gap, turned = apart(c, wanted, torch.amax), apart(c.flip(-1), wanted, torch.amax)
+    ends = along(c, wanted) > .99
+    must(gap < .02, f'colors are off by up to {gap:.2f} ({len(c)} images, {c.shape[1]} tokens each)',
+         'red and blue are exchanged: the first axis varies most' if turned < .02 else
+         'the directions are right, the ends are not: torch.quantile of ENDS, for each component' if ends else
+         'other directions than the three of largest variance', 3 if ends else 2)
+
 # %% ../../nbs/solutions/07_judging.ipynb #0df74308
 @checks(13, look=seen_token_pca, within=.01)
 def check_token_pca(
@@ -395,15 +408,7 @@ def check_token_pca(
     wild = apart(c.flatten(0, 1)[rest, None], token_pca(outlier).flatten(0, 1)[rest, None])
     must(wild < .05, f'a single far token changes the other colors by {wild:.2f} on average, wanted less than 0.05',
          'the smallest and largest values are the ends: take percentiles', 3)
-    for x in (tokens, cloud(seed + 1, 1, 90), cloud(seed + 2, 7, 20)):
-        c, wanted = token_pca(x), colored(x)
-        gap = apart(c, wanted, torch.amax)
-        turned = apart(c.flip(-1), wanted, torch.amax)
-        ends = along(c, wanted) > .99
-        must(gap < .02, f'colors are off by up to {gap:.2f} ({len(x)} images, {x.shape[1]} tokens each)',
-             'red and blue are exchanged: the first axis varies most' if turned < .02 else
-             'the directions are right, the ends are not: torch.quantile of ENDS, for each component' if ends else
-             'other directions than the three of largest variance', 3 if ends else 2)
+    for x in (tokens, cloud(seed + 1, 1, 90), cloud(seed + 2, 7, 20)): colors_hold(token_pca(x), colored(x))
 
 # %% ../../nbs/solutions/07_judging.ipynb #1144d7b6
 def weights(

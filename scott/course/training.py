@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXACT', 'number', 'seen_lr_at', 'rises_and_stays', 'falls', 'expected', 'runs_of', 'check_lr_at', 'seen_momentum_at',
            'check_momentum_at', 'Draws', 'drawn', 'ramps', 'noise', 'boxes_of', 'shown', 'other_order',
-           'seen_two_views', 'pair_of', 'scaled', 'placed', 'check_two_views']
+           'seen_two_views', 'pair_of', 'scaled', 'flips_hold', 'placed', 'check_two_views']
 
 # %% ../../nbs/solutions/06_training.ipynb #f6ba112c
 import math
@@ -307,6 +307,18 @@ def scaled(
          f'in recolored views of noise the smallest value is {low:.2f}, wanted less than -1',
          'recolor keeps values in [0, 1], so it cuts what is normalized: normalize last')
 
+# %% ../../nbs/solutions/06_training.ipynb #a9e7ad41
+def flips_hold(
+    mirrored,  # (n,) bool, as found in the views
+    flip,  # (n,) bool, as drawn
+):
+    "Those pictures are mirrored that were drawn to be."
+    must(mirrored.equal(flip), f'of {len(flip)} pictures (from 0) {mirrored.nonzero().flatten().tolist()} are '
+         f'mirrored, wanted {flip.nonzero().flatten().tolist()}',
+         'exactly the others are mirrored: draws.flip is True where a picture is' if mirrored.equal(~flip) else
+         'a box whose right end lies left of its left one is mirrored, too: (left, top, right, bottom)'
+         if mirrored.any() and not mirrored.all() else 'draws.flip says which are mirrored', 2)
+
 # %% ../../nbs/solutions/06_training.ipynb #67278e9f
 def placed(
     two_views,  # the student's function
@@ -330,12 +342,7 @@ def placed(
     found = torch.where(mirrored[:, None], here[:, [2, 1, 0, 3]], here)
     must(n == 1 or (found - found[:1]).abs().max() > .02,
          f'all {n} pictures are cropped at the same place', 'each picture has its own box')
-    must(mirrored.equal(draws.flip),
-         f'of {n} pictures (from 0) {mirrored.nonzero().flatten().tolist()} are mirrored, '
-         f'wanted {draws.flip.nonzero().flatten().tolist()}',
-         'exactly the others are mirrored: draws.flip is True where a picture is' if mirrored.equal(~draws.flip) else
-         'a box whose right end lies left of its left one is mirrored, too: (left, top, right, bottom)'
-         if mirrored.any() and not mirrored.all() else 'draws.flip says which are mirrored', 2)
+    flips_hold(mirrored, draws.flip)
     w, h = (found[:, 2:] - found[:, :2]).unbind(1)
     for values, like, limit, what, cause in (
             (w * h, draws.area, .03, 'area', 'draws.area is an area: a side goes with its square root'),
