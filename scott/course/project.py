@@ -312,7 +312,7 @@ def instead(
     if any(row['encoder'] == 'raw pixels' for row in rows):
         return 'raw pixels stand there: they are no random row'
     if encoder == 'context' and any(row['probe'] != 'linear' and row['encoder'] == encoder for row in rows):
-        return 'the probe was chosen by its test score: it is fixed before you look'
+        return 'that of another probe: choose the rows of the linear one, fixed before you look'
     if any(row['probe'] != 'linear' for row in rows):
         return 'another probe stands on that side: k-NN against linear'
     if any(row['encoder'] == 'target' for row in rows):

@@ -124,7 +124,7 @@ def check_lr_at(
     rises_and_stays(rates)
     falls(rates)
     causes = {
-        'the warm-up': 'the line begins at `start`, which need not be 0',
+        'the warm-up': 'the line goes from `start`, which need not be 0, to `peak`: it rises by their difference',
         'the plateau': 'it takes the share `flat` of the steps after the warm-up, rounded down',
         'the fall': 'the cosine goes from `peak` to `final`, whatever these are'}
     names = 'total', 'warmup', 'start', 'peak', 'final', 'flat'

@@ -43,7 +43,7 @@ def squares(
     y, x = out.long() // w % h, out.long() % w
     for n, (rows, columns) in enumerate(zip(y[0], x[0])):
         top, left, low, right = (v.item() for v in (rows.min(), columns.min(), rows.max(), columns.max()))
-        cause = 'the axes are cut the wrong way round: into (H // p, p), so that p pixels lie side by side' \
+        cause = 'H is cut into (H // p, p): p pixels lie side by side; then the axes that count patches come first' \
             if columns.unique().diff()[:1].sum() > 1 or rows.unique().diff()[:1].sum() > 1 else \
             'the image is reshaped, but the axes are not moved: permute is missing or wrong'
         must((low - top, right - left) == (p - 1, p - 1),
@@ -133,7 +133,7 @@ def check_pixel_targets(
         zeros = f'(a guess of zeros has a loss of {out.square().mean():.2f}, wanted 1)'
         mean = out.mean(1)[out.mean(1).abs().argmax()].item()
         must(abs(mean) < 1e-3, f'one target has the mean {mean:.3g}, wanted 0 {zeros}',
-             'the mean is not that of the patch itself, but of the image or the batch, or it is not subtracted')
+             'mean or deviation is not that of the patch itself, but of the image or the batch, or is not used')
         v, d = out.var(1, correction=0), x.shape[2]
         gap = torch.minimum((v - 1).abs(), (v - (d - 1) / d).abs())
         worst = gap.argmax()
@@ -189,6 +189,8 @@ def two_masks(
         i = hidden.argmax()
         must(hidden[i] == 0,
              f'image {i} hides {(~keep[i]).sum()} patches, and the {name} mask shows {hidden[i]} of them',
+             'the second mask is ~first: take what is visible and not in the first'
+             if name == 'second' and b.equal(~a) else
              'hidden patches take part: they must come last, and argsort is needed twice', 2)
     for text, wrong, cause in (('are in both halves', a & b, 'the halves overlap: each is drawn on its own'),
                                ('are in neither half', keep & ~a & ~b, 'the second half is not the rest')):
